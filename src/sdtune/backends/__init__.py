@@ -1,0 +1,1 @@
+"""WHERE IT RUNS: one package per place."""

@@ -1,0 +1,1 @@
+"""THE FACE: the command line."""

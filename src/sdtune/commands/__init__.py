@@ -1,0 +1,1 @@
+"""USE CASES: what the command line does, as functions."""

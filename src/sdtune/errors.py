@@ -1,0 +1,57 @@
+"""The errors a user can meet, one class per kind, one exit code per class.
+
+A message says what was found, what was wanted and what to do. Only ``cli`` and
+``training/__main__`` turn an error into text and an exit code.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SdtuneError(Exception):
+    """Something the user can mend. The message is shown as it stands, without a traceback."""
+
+    exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "error"
+
+
+class RecipeError(SdtuneError):
+    """The settings of a run are wrong; the message lists every mistake at once."""
+
+    exit_code = 2
+    kind = "recipe"
+
+
+class DatasetError(SdtuneError):
+    """The dataset cannot be trained on as it is."""
+
+    exit_code = 2
+    kind = "dataset"
+
+
+class ProjectError(SdtuneError):
+    """The place where a run should happen is missing or not set up."""
+
+    exit_code = 3
+    kind = "project"
+
+
+class JobError(SdtuneError):
+    """The job could not be started, or ended without its result."""
+
+    exit_code = 4
+    kind = "job"
+
+
+class TrainingError(SdtuneError):
+    """Training itself went wrong: bad base model, loss not finite, nothing learned."""
+
+    exit_code = 5
+    kind = "training"
+
+
+ERRORS: dict[str, type[SdtuneError]] = {
+    error.kind: error for error in (RecipeError, DatasetError, ProjectError, JobError, TrainingError)
+}
+"""By ``kind``, so that an error told by the training process keeps its exit code in the launcher."""

@@ -1,0 +1,1 @@
+"""WHAT CAN BE ASKED: the methods, their settings and the dataset layouts they read."""

@@ -1,0 +1,1 @@
+"""The parts a trainer is put together from."""
