@@ -1,0 +1,59 @@
+# Two commands for newcomers: `make demo` and `make test`. The rest is for those who change the code.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format bench snapshots lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.train ## Fine-tune the shipped model on photographs of a cat (2 cores: about 2 minutes)
+	$(BIN)/sdtune train dreambooth-lora --backend local \
+	  --base-model examples/base-model --dataset examples/datasets/images \
+	  --instance-prompt "a photo of sks cat" --config examples/recipes/dreambooth-lora.yaml \
+	  --output out/demo --overwrite
+
+test: $(VENV)/.dev ## Prove it: every test that needs no GPU
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## Style, unused code, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev ## Static types
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## Measure the command line and the dataset check; results go to benchmarks/RESULTS.md by hand
+	$(BIN)/python benchmarks/cli_speed.py
+	$(BIN)/python benchmarks/check_speed.py
+
+snapshots: $(VENV)/.dev ## Renew the stored outputs that tests compare with
+	$(BIN)/python -m pytest tests --snapshots=renew -m snapshot
+
+lock: ## Renew constraints.txt from what pyproject.toml allows today
+	$(PYTHON) tools/lock.py
+
+clean: ## Remove the environment and all results
+	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
+	  sys.exit(None if ok else "sdtune needs Python 3.11 to 3.13 and found %d.%d; try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	@touch $@ $(VENV)/.train

@@ -1,0 +1,62 @@
+"""The root command, and the one place that turns an error into a text and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, ClassVar
+
+import typer
+
+from sdtune.cli.lazy import LazyGroup
+from sdtune.errors import SdtuneError
+
+INTERRUPTED = 130
+
+
+class Commands(LazyGroup):
+    """Every command of ``sdtune``: its module is imported when it is used, so that help answers at once."""
+
+    commands_at: ClassVar = {
+        "train": ("sdtune.cli.train", "Fine-tune a model: sdtune train METHOD --dataset DIR --output DIR."),
+        "validate": ("sdtune.cli.validate", "Check a dataset as `train` would, file by file."),
+    }
+
+
+app = typer.Typer(
+    cls=Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Fine-tune Stable Diffusion on Google Cloud, or on this machine."""
+    if version:
+        from sdtune import __version__
+
+        typer.echo(f"sdtune {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; ends the process with its exit code."""
+    try:
+        app()
+    except SdtuneError as error:
+        from sdtune.cli.output import open_console
+
+        # Even an error that comes before any command has read its options keeps to the form that was asked for.
+        open_console(json="--json" in sys.argv).error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

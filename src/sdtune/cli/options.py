@@ -1,0 +1,98 @@
+"""From a Method's fields to options of the command line: the only reflection in the product."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic.fields import FieldInfo
+
+from sdtune.errors import RecipeError
+from sdtune.methods.base import Method
+from sdtune.methods.fields import TrainingFields
+
+_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+
+
+def method_parameters(method: type[Method], taken: set[str]) -> list[inspect.Parameter]:
+    """One keyword parameter per field. None stands for "not typed", so that a recipe's value is not hidden.
+
+    Values stay text: the Method parses them, and so reports all mistakes together, wherever they were made.
+    taken: names of the command's own options, which no field may carry.
+    """
+    clash = taken & set(method.model_fields)
+    if clash:
+        raise TypeError(f"{method.__name__}: fields {sorted(clash)} are named like options of the command")
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(method, name, info))
+        for name, info in method.model_fields.items()
+    ]
+
+
+def typed_settings(method: type[Method], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed; an option that was not given is not among them."""
+    return {name: arguments[name] for name in method.model_fields if arguments[name] not in (None, [])}
+
+
+def read_config(path: Path | None, method: type[TrainingFields]) -> dict[str, Any]:
+    """The settings of a YAML recipe. RecipeError if it is not one, or one of another method."""
+    if path is None:
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"config: {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"config: {path} is not YAML: {error}") from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise RecipeError(f"config: {path} holds a {type(recipe).__name__}; wanted lines of the form `setting: value`.")
+    named = recipe.pop("method", method.name)
+    if named != method.name:
+        raise RecipeError(f"config: {path} is a recipe of {named}; run it with: sdtune train {named} --config {path}")
+    return recipe
+
+
+def _option(method: type[Method], name: str, info: FieldInfo) -> Any:
+    kind = _plain(info.annotation)
+    help_text = info.description or ""
+    if info.is_required():
+        help_text += "  [required]"
+    elif info.default not in (None, (), ""):
+        help_text += f"  [default: {_shown(info.default)}]"
+    if kind is bool:
+        flag = method.flag(name)
+        switches = f"{flag}/{flag.replace('--', '--no-', 1)}"
+        return Annotated[bool | None, typer.Option(switches, help=help_text, show_default=False)]
+    repeated = typing.get_origin(kind) is tuple
+    option = typer.Option(method.flag(name), help=help_text, metavar=_metavar(kind), show_default=False)
+    return Annotated[list[str] | None, option] if repeated else Annotated[str | None, option]
+
+
+def _plain(annotation: Any) -> Any:
+    """The type under ``| None`` and Annotated."""
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return next(_plain(part) for part in typing.get_args(annotation) if part is not type(None))
+    return _plain(typing.get_args(annotation)[0]) if origin is Annotated else annotation
+
+
+def _metavar(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return "[" + "|".join(map(str, typing.get_args(kind))) + "]"
+    return "TEXT" if origin is tuple else _METAVARS.get(kind, "TEXT")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default))
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return str(default)

@@ -1,0 +1,138 @@
+"""Console: the one sink for what the user sees, as text for people or as JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from sdtune import events
+from sdtune.cli import ledger_view, run_view
+from sdtune.cli.words import count
+from sdtune.commands.train import TrainingPlan
+from sdtune.errors import SdtuneError
+from sdtune.jobs.backend import LogLine
+from sdtune.methods.ledger import Ledger
+
+ProgressCall = Callable[[int, int], None]
+
+
+class Console(ABC):
+    """What commands show. Standard output carries all of it but errors, which people read on standard error."""
+
+    @abstractmethod
+    def plan(self, plan: TrainingPlan, place: str) -> None:
+        """What will happen."""
+
+    @abstractmethod
+    def rendered(self, rendered: dict[str, Any]) -> None:
+        """What a backend would start, for ``--dry-run``."""
+
+    @abstractmethod
+    def ledger(self, ledger: Ledger, every_file: bool = False) -> None:
+        """What the check of a dataset found; ``every_file`` names also those that are in order."""
+
+    @abstractmethod
+    def checking(self) -> AbstractContextManager[ProgressCall]:
+        """Progress of a dataset check; call what it yields with (images done, images in all)."""
+
+    @abstractmethod
+    def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
+        """Show a run as it goes, then where its result is."""
+
+    @abstractmethod
+    def error(self, error: SdtuneError) -> None:
+        """Why the command ends without its result."""
+
+
+def open_console(json: bool = False) -> Console:
+    """The console of the form that the user asked for."""
+    return JsonConsole() if json else HumanConsole()
+
+
+class JsonConsole(Console):
+    """One JSON object per line, each with its kind under ``event``."""
+
+    def _line(self, event: str, **fields: Any) -> None:
+        sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+        sys.stdout.flush()
+
+    def plan(self, plan: TrainingPlan, place: str) -> None:
+        self._line("plan", place=place, job=plan.job.name, output=plan.job.output, settings=plan.method.settings())
+
+    def rendered(self, rendered: dict[str, Any]) -> None:
+        self._line("dry_run", **rendered)
+
+    def ledger(self, ledger: Ledger, every_file: bool = False) -> None:
+        fields = ledger.to_json()
+        if not every_file:
+            del fields["rows"], fields["examples"]
+        self._line("dataset", **fields)
+
+    @contextmanager
+    def checking(self) -> Iterator[ProgressCall]:
+        yield lambda done, total: self._line("progress", name="check", done=done, total=total)
+
+    def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
+        for item in stream:
+            if isinstance(item, LogLine):
+                self._line("log", text=item.text)
+            else:
+                self._line(**events.to_dict(item))
+
+    def error(self, error: SdtuneError) -> None:
+        self._line("error", kind=error.kind, text=str(error), exit_code=error.exit_code)
+
+
+class HumanConsole(Console):
+    """Text; colour and moving bars only on a terminal."""
+
+    def __init__(self) -> None:
+        self.out = RichConsole(highlight=False, soft_wrap=True)
+
+    def plan(self, plan: TrainingPlan, place: str) -> None:
+        method = plan.method
+        pictures = method.train_batch_size * method.gradient_accumulation_steps
+        resolution = method.resolution or plan.base_model.resolution
+        size = f" at {resolution} px" if resolution else ""
+        self.out.print(f"[bold]{method.name}[/bold] on {place}")
+        shown = count(len(plan.ledger.examples), "picture")
+        for name, value in (
+            ("base model", method.base_model),
+            ("dataset", f"{shown}{size} from {plan.ledger.root}"),
+            (
+                "training",
+                f"{count(method.max_train_steps, 'step')} of {count(pictures, 'picture')}, seed {method.seed}",
+            ),
+            ("output", plan.job.output),
+        ):
+            self.out.print(f"  {name:<12}{escape(str(value))}")
+
+    def rendered(self, rendered: dict[str, Any]) -> None:
+        self.out.print("\nNothing was started. This would run:")
+        environment = [f"{name}={value}" for name, value in rendered["environment"].items()]
+        self.out.print("  " + escape(" ".join(shlex.quote(word) for word in [*environment, *rendered["command"]])))
+
+    def ledger(self, ledger: Ledger, every_file: bool = False) -> None:
+        ledger_view.show(self.out, ledger, every_file)
+
+    @contextmanager
+    def checking(self) -> Iterator[ProgressCall]:
+        columns = TextColumn("Checking pictures"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal) as progress:
+            task = progress.add_task("check", total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
+        run_view.follow(self.out, stream)
+
+    def error(self, error: SdtuneError) -> None:
+        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")

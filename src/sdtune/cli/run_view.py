@@ -1,0 +1,123 @@
+"""How a run looks while it goes, and what it left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from sdtune import events
+from sdtune.cli.words import duration
+from sdtune.jobs.backend import LogLine
+
+SECONDS_BETWEEN_LINES = 10.0
+MEANING = {
+    "lora": "for diffusers",
+    "kohya_lora": "for A1111, Forge, ComfyUI, SD.Next",
+    "contact_sheet": "before and after, to look at",
+    "tensorboard": "curves: tensorboard --logdir",
+    "recipe": "the settings, for --config",
+}
+
+
+def follow(out: RichConsole, stream: Iterable[events.Event | LogLine]) -> None:
+    """Show the run; a bar on a terminal, a line now and then elsewhere."""
+    view = _Bars(out) if out.is_terminal else _Lines(out)
+    artifacts: list[events.Artifact] = []
+    finished: events.Finished | None = None
+    with view:
+        for item in stream:
+            match item:
+                case LogLine(text=text):
+                    out.print(Text(text, style="dim"))
+                case events.Note(text=text, level=level):
+                    out.print(f"[yellow]warning:[/] {escape(text)}" if level == "warning" else escape(text))
+                case events.Artifact():
+                    artifacts.append(item)
+                case events.Finished():
+                    finished = item
+                case _:
+                    view.show(item)
+    if finished:
+        _result(out, finished, artifacts)
+
+
+def _result(out: RichConsole, finished: events.Finished, artifacts: list[events.Artifact]) -> None:
+    out.print(f"[bold green]Done[/] in {duration(finished.seconds)}, loss {finished.loss:.4f} at the end.")
+    width = max((len(artifact.path) for artifact in artifacts), default=0)
+    for artifact in artifacts:
+        meaning = MEANING.get(artifact.kind, artifact.kind)
+        out.print(f"  {escape(artifact.path):<{width}}  [dim]{meaning}[/]")
+
+
+class _Figures(ProgressColumn):
+    """What the running phase has to say in numbers."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""), style="cyan")
+
+
+class _Bars:
+    """One bar per phase; a phase that has ended stays as a full bar."""
+
+    def __init__(self, out: RichConsole) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            _Figures(),
+            console=out,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(self, *error: object) -> None:
+        if error == (None, None, None):
+            self._end_phase()
+        self._progress.stop()
+
+    def show(self, event: events.Event) -> None:
+        match event:
+            case events.Phase():
+                self._end_phase()
+                self._task = self._progress.add_task(escape(event.text), total=None)
+            case events.Progress() if self._task is not None:
+                self._progress.update(self._task, completed=event.done, total=event.total)
+            case events.Step() if self._task is not None:
+                self._progress.update(self._task, completed=event.step, total=event.steps, figures=_figures(event))
+
+    def _end_phase(self) -> None:
+        if self._task is not None:
+            total = self._progress.tasks[self._task].total or 1
+            self._progress.update(self._task, completed=total, total=total)
+
+
+class _Lines:
+    """A line at the start of each phase, and one every ten seconds of training."""
+
+    def __init__(self, out: RichConsole) -> None:
+        self._out = out
+        self._next = 0.0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def show(self, event: events.Event) -> None:
+        match event:
+            case events.Phase():
+                self._out.print(escape(event.text))
+            case events.Step() if time.monotonic() >= self._next or event.step == event.steps:
+                self._out.print(f"  step {_figures(event)}")
+                self._next = time.monotonic() + SECONDS_BETWEEN_LINES
+
+
+def _figures(event: events.Step) -> str:
+    figures = f"{event.step}/{event.steps}  loss {event.loss:.4f}  {event.images_per_second:.1f} images/s"
+    return figures if event.step == event.steps else f"{figures}  {duration(event.seconds_left)} left"

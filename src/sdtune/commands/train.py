@@ -1,0 +1,144 @@
+"""Train: check everything that can be checked, plan the job, start it and follow it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtune import events
+from sdtune.errors import ERRORS, DatasetError, JobError, RecipeError, SdtuneError
+from sdtune.jobs.backend import Backend, LogLine
+from sdtune.jobs.spec import JobSpec, plan_training
+from sdtune.methods.base_models import BaseModel, find_base_model
+from sdtune.methods.fields import TrainingFields
+from sdtune.methods.layouts import check
+from sdtune.methods.ledger import Ledger
+
+FINISHED_MARK = "recipe.yaml"
+"""Written last by the trainer: an output folder that has it holds a finished run."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A run that passed every check and can be started."""
+
+    method: TrainingFields
+    base_model: BaseModel
+    ledger: Ledger
+    job: JobSpec
+    rendered: dict[str, Any]
+
+
+def plan_train(
+    method: type[TrainingFields],
+    settings: Mapping[str, Any],
+    dataset: str | None,
+    output: str | None,
+    backend: Backend,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    show: Callable[[Ledger], None] | None = None,
+) -> TrainingPlan:
+    """The plan of one run. Writes nothing; raises one error that tells every mistake in settings, places and dataset.
+
+    progress: called with (images checked, images in all); show: called with the ledger, also when it has errors.
+    """
+    mistakes = Mistakes()
+    with mistakes:
+        recipe = method.from_settings(settings)
+    with mistakes:
+        base_model = find_base_model(str(settings.get("base_model", method.model_fields["base_model"].default)))
+    with mistakes:
+        target = _free_output(output, backend, overwrite)
+    with mistakes:
+        if dataset is None:
+            raise RecipeError("dataset: missing; give --dataset, the folder with the training pictures.")
+        # What is wrong with the settings does not hide what is wrong with the dataset.
+        resolution = None if mistakes.found else recipe.resolution or base_model.resolution
+        ledger = check(Path(dataset), method.layout, resolution=resolution, progress=progress)
+        if show:
+            show(ledger)
+        ledger.raise_for_errors()
+    mistakes.raise_if_any()
+    if base_model.folder:
+        # The training process may start in another folder.
+        recipe = recipe.model_copy(update={"base_model": str(base_model.folder)})
+    job = plan_training(recipe, backend.resolve(str(dataset)), target)
+    return TrainingPlan(recipe, base_model, ledger, job, backend.render(job))
+
+
+def _free_output(output: str | None, backend: Backend, overwrite: bool) -> str:
+    """Where the result goes, as the training process will see it."""
+    if output is None:
+        raise RecipeError("output: missing; give --output, the folder for the result.")
+    target = backend.resolve(output)
+    if FINISHED_MARK in backend.list_files(target) and not overwrite:
+        raise RecipeError(f"output: {output} already holds a finished run; choose another --output or add --overwrite.")
+    return target
+
+
+class Mistakes:
+    """Collects the user's mistakes so that they are told together. ``with mistakes:`` keeps what the block raises."""
+
+    def __init__(self) -> None:
+        self.found: list[SdtuneError] = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, RecipeError | DatasetError):
+            self.found.append(error)
+            return True
+        return False
+
+    def raise_if_any(self) -> None:
+        """Raise what was found: one error as it is, several as one."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise RecipeError("\n".join(str(error) for error in self.found))
+
+
+def train(plan: TrainingPlan, backend: Backend) -> Iterator[events.Event | LogLine]:
+    """Start the run and yield what it says. Raises the run's own error, or JobError, if it ends without its result.
+
+    Leaving the iterator early (Ctrl-C) stops the job.
+    """
+    job_id = backend.submit(plan.job)
+    failed: events.Failed | None = None
+    finished = False
+    last_lines: deque[str] = deque(maxlen=30)
+    try:
+        for line in backend.logs(job_id):
+            event = events.parse(line.text)
+            if isinstance(event, events.Failed):
+                failed = event
+                continue
+            if event is None:
+                last_lines.append(line.text)
+            finished = finished or isinstance(event, events.Finished)
+            yield event or line
+        end = backend.wait(job_id)
+    except BaseException:
+        backend.cancel(job_id)
+        raise
+    if failed:
+        raise ERRORS.get(failed.kind, JobError)(failed.text)
+    if end.exit_code or not finished:
+        raise JobError(_unexplained(end.exit_code, list(last_lines)))
+
+
+def _unexplained(exit_code: int, last_lines: list[str]) -> str:
+    """A run that ended without a word of its own: killed, or crashed below Python."""
+    if exit_code == -9:
+        how = "was killed (signal 9), most often because the machine ran out of memory"
+    elif exit_code < 0:
+        how = f"was ended by signal {-exit_code}"
+    else:
+        how = f"ended with exit code {exit_code} and without its result"
+    tail = "".join(f"\n  | {line}" for line in last_lines)
+    return f"the training process {how}." + (f" Its last lines:{tail}" if tail else "")

@@ -1,0 +1,20 @@
+"""All methods by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from sdtune.errors import RecipeError
+from sdtune.methods.dreambooth import DreamBoothLora
+from sdtune.methods.fields import TrainingFields
+
+METHODS: dict[str, type[TrainingFields]] = {method.name: method for method in (DreamBoothLora,)}
+
+
+def find_method(name: str) -> type[TrainingFields]:
+    """The method called ``name``. RecipeError names the nearest ones."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METHODS)}."
+    raise RecipeError(f"no method is called {name!r}; {hint}")

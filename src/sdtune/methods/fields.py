@@ -1,0 +1,135 @@
+"""The settings that methods share, each declared once: type, bound, help, default, search range."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from sdtune.methods.base import Method, Tunable
+
+Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
+
+
+class TrainingFields(Method):
+    """What every method that trains with diffusers needs to know."""
+
+    base_model: Annotated[
+        str,
+        Field(min_length=1, description="The model to start from: a Hugging Face id or a diffusers folder."),
+    ] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    resolution: Annotated[
+        int | None,
+        Field(
+            ge=64,
+            le=2048,
+            multiple_of=8,
+            description="Side of the training pictures in pixels. Not given: the base model's own.",
+        ),
+    ] = None
+    random_flip: Annotated[
+        bool, Field(description="Mirror pictures at random. Harms faces, text and everything with a left and right.")
+    ] = False
+
+    max_train_steps: Annotated[int, Field(ge=1, description="Optimizer steps to train.")] = 400
+    train_batch_size: Annotated[int, Field(ge=1, le=256, description="Pictures per step on each GPU.")] = 1
+    gradient_accumulation_steps: Annotated[
+        int, Field(ge=1, description="Batches whose gradients are added up before one optimizer step.")
+    ] = 1
+    gradient_checkpointing: Annotated[
+        bool, Field(description="Recompute activations in the backward pass: less memory, slower.")
+    ] = False
+    mixed_precision: Annotated[
+        Literal["auto", "no", "fp16", "bf16"],
+        Field(description="Compute type. auto: bf16 where the GPU has it, else fp16, and no (float32) on CPU."),
+    ] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="Of everything random: the same seed, the same run.")] = 42
+
+    learning_rate: Annotated[
+        float, Field(gt=0, lt=1, description="Peak learning rate of AdamW."), Tunable(1e-6, 1e-3, log=True)
+    ] = 1e-4
+    lr_scheduler: Annotated[
+        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        Field(description="How the learning rate moves over the run."),
+    ] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0, description="Steps over which the learning rate rises from 0.")] = 0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment.")] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment.")] = 0.999
+    adam_weight_decay: Annotated[float, Field(ge=0, description="AdamW's decoupled weight decay.")] = 1e-2
+    adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0, description="Gradients are clipped to this norm.")] = 1.0
+
+    snr_gamma: Annotated[
+        float | None,
+        Field(gt=0, description="Weight the loss by min-SNR with this gamma; 5.0 in the paper (arXiv:2303.09556)."),
+    ] = None
+    noise_offset: Annotated[
+        float, Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light.")
+    ] = 0.0
+
+    sample_prompt: Annotated[
+        tuple[Prompt, ...],
+        Field(description="A prompt to draw before and after training; repeatable. Not given: the method's own."),
+    ] = ()
+    num_samples: Annotated[int, Field(ge=0, le=16, description="Pictures to draw per sample prompt; 0 draws none.")] = 4
+    sample_every: Annotated[int, Field(ge=0, description="Also draw the samples every so many steps; 0: do not.")] = 0
+    sample_steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps of a sample picture.")] = 25
+    guidance_scale: Annotated[float, Field(ge=1, le=50, description="Classifier-free guidance of the samples.")] = 7.5
+
+    @field_validator("lr_warmup_steps")
+    @classmethod
+    def _warmup_has_a_use(cls, steps: int, info: ValidationInfo) -> int:
+        total = info.data.get("max_train_steps")
+        if steps and info.data.get("lr_scheduler") == "constant":
+            raise ValueError(
+                f"found {steps} with lr_scheduler constant, which has no warm-up; "
+                "use constant_with_warmup or leave it out."
+            )
+        if total is not None and steps >= total:
+            raise ValueError(
+                f"found {steps}, but max_train_steps is {total}; the warm-up must be shorter than the run."
+            )
+        return steps
+
+    @field_validator("sample_every")
+    @classmethod
+    def _samples_to_draw(cls, every: int, info: ValidationInfo) -> int:
+        if every and info.data.get("num_samples") == 0:
+            raise ValueError(f"found {every} with num_samples 0: there is nothing to draw; raise num_samples.")
+        return every
+
+    def resolved(self, *, resolution: int, mixed_precision: str) -> Self:
+        """The same settings with what only the run could know filled in."""
+        found = {"resolution": resolution, "mixed_precision": mixed_precision, "sample_prompt": self.sample_prompts()}
+        return self.model_copy(update=found)
+
+    def sample_prompts(self) -> tuple[str, ...]:
+        """The prompts that samples are drawn from; a method without an own prompt has none unless told."""
+        return self.sample_prompt
+
+
+class DreamBoothFields(Method):
+    """Teach one subject, named by a rare word, from a few pictures (Ruiz et al. 2022, arXiv:2208.12242)."""
+
+    instance_prompt: Annotated[
+        Prompt, Field(description='What every picture shows, with a rare word for the subject: "a photo of sks cat".')
+    ]
+
+
+class LoraFields(Method):
+    """Train low-rank deltas beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=512, description="Rank of the LoRA matrices."), Tunable(4, 64, log=True)] = 16
+    lora_alpha: Annotated[
+        float | None, Field(gt=0, description="The deltas are scaled by lora_alpha / rank. Not given: equal to rank.")
+    ] = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout on the input of each LoRA.")] = 0.0
+    target_modules: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        Field(min_length=1, description="Layers of the UNet that get a LoRA, by the end of their names; repeatable."),
+    ] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @property
+    def alpha(self) -> float:
+        """``lora_alpha``, or its default."""
+        return float(self.rank) if self.lora_alpha is None else self.lora_alpha

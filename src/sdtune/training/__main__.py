@@ -1,0 +1,79 @@
+"""``python -m sdtune.training train METHOD --dataset=... --output=... --recipe=...``: the entry point of containers.
+
+Tells events on standard output (``sdtune.events``) and ends with 0 only if the result exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdtune import events
+from sdtune.errors import SdtuneError, TrainingError
+from sdtune.methods.catalog import find_method
+from sdtune.methods.fields import TrainingFields
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m sdtune.training", allow_abbrev=False)
+    parser.add_argument("task", choices=["train"])
+    parser.add_argument("method")
+    parser.add_argument("--dataset", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path)
+    job, settings = parser.parse_known_args(argv)
+    try:
+        method = find_method(job.method).from_args(settings)
+        run_training(method, job.dataset, job.output)
+    except SdtuneError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001
+        # Not one of ours, so the traceback is what a report needs; the launcher shows the last line on its own.
+        traceback.print_exc()
+        unexpected = TrainingError(f"unexpected {type(error).__name__}: {error}. The traceback is in the log above.")
+        return fail(out_of_memory(error) or unexpected)
+    return 0
+
+
+def run_training(method: TrainingFields, dataset: Path, output: Path) -> None:
+    """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
+    # Read when these libraries are imported: their hints on every start would drown the run's own words.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from sdtune.training.run import Run
+
+    trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
+    with Run.open(method, dataset, output) as run:
+        trainer.train(method, run)
+
+
+def out_of_memory(error: Exception) -> TrainingError | None:
+    """The error in the user's terms if the GPU's memory ran out, else None."""
+    import torch
+
+    if not isinstance(error, torch.cuda.OutOfMemoryError):
+        return None
+    return TrainingError(
+        "the GPU ran out of memory. What helps, most first: --train-batch-size 1 with "
+        "--gradient-accumulation-steps, --gradient-checkpointing, --mixed-precision bf16 (or fp16), "
+        f"a smaller --resolution, a GPU with more memory. CUDA said: {str(error).splitlines()[0]}"
+    )
+
+
+def fail(error: SdtuneError) -> int:
+    """Tell the error and return its exit code."""
+    events.emit(events.Failed(kind=error.kind, text=str(error)))
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""One picture that shows what a run learned: the training pictures, then each prompt before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 192
+GAP = 8
+LABEL_WIDTH = 96
+TEXT = 18
+MOST_TRAINING_PICTURES = 8
+PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
+
+Row = tuple[str, Sequence[Image.Image]]
+
+
+def contact_sheet(
+    title: str, training_pictures: Sequence[Image.Image], samples: Sequence[tuple[str, Sequence[Row]]]
+) -> Image.Image:
+    """The sheet. samples: for each prompt, its labelled rows, such as before and after."""
+    blocks: list[tuple[str, Sequence[Row]]] = [
+        ("what it was shown", [("pictures", training_pictures[:MOST_TRAINING_PICTURES])]),
+        *samples,
+    ]
+    columns = max(len(pictures) for _, rows in blocks for _, pictures in rows)
+    width = LABEL_WIDTH + columns * (TILE + GAP) + GAP
+    heading = 2 * GAP + TEXT
+    height = heading + GAP + sum(heading + len(rows) * (TILE + GAP) for _, rows in blocks)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    bold, plain = ImageFont.load_default(TEXT + 4), ImageFont.load_default(TEXT)
+    pen.text((GAP, GAP), _fit(title, pen, bold, width - 2 * GAP), INK, bold)
+    top = heading + GAP
+    for text, rows in blocks:
+        pen.text((GAP, top + GAP), _fit(text, pen, plain, width - 2 * GAP), INK, plain)
+        top += heading
+        for label, pictures in rows:
+            pen.text((GAP, top + (TILE - TEXT) // 2), label, FAINT, plain)
+            for column, picture in enumerate(pictures):
+                tile = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (LABEL_WIDTH + column * (TILE + GAP), top))
+            top += TILE + GAP
+    return sheet
+
+
+def _fit(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """``text`` cut so that it is at most ``width`` pixels wide."""
+    if pen.textlength(text, font) <= width:
+        return text
+    while text and pen.textlength(text + " ...", font) > width:
+        text = text[:-1]
+    return text + " ..."

@@ -1,0 +1,101 @@
+"""fit(): the loop that every trainer runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdtune import events
+from sdtune.errors import TrainingError
+from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.data import Batch
+from sdtune.training.run import Run
+
+SECONDS_BETWEEN_REPORTS = 1.0
+STEPS_TO_JUDGE_SPEED = 3
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the loop leaves behind: the mean loss over the last tenth of the steps, and the seconds it took."""
+
+    loss: float
+    seconds: float
+
+
+def fit(
+    loss_of: Callable[[Batch], torch.Tensor],
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    batches: Iterator[Batch],
+    method: TrainingFields,
+    run: Run,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Fitted:
+    """Train ``parameters`` for ``max_train_steps`` optimizer steps.
+
+    Losses stay on the device until a report is due: reading one makes the host wait for the GPU.
+    Raises TrainingError as soon as a report finds a loss that is not finite.
+    """
+    run.tell(events.Phase("train", f"Training {method.max_train_steps} steps"))
+    optimizer, schedule = run.accelerator.prepare(optimizer, schedule)
+    pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps
+    last_tenth = max(1, method.max_train_steps // 10)
+    losses: list[torch.Tensor] = []
+    reported, started = 0, time.perf_counter()
+    last_report = started
+    for step in range(1, method.max_train_steps + 1):
+        step_loss = torch.zeros((), device=run.device)
+        for _ in range(method.gradient_accumulation_steps):
+            with run.accelerator.autocast():
+                loss = loss_of(next(batches)) / method.gradient_accumulation_steps
+            run.accelerator.backward(loss)
+            step_loss += loss.detach()
+        run.accelerator.clip_grad_norm_(parameters, method.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(step_loss)
+
+        now = time.perf_counter()
+        first_estimate = step == STEPS_TO_JUDGE_SPEED
+        if first_estimate or step == method.max_train_steps or now - last_report >= SECONDS_BETWEEN_REPORTS:
+            mean = finite_mean(losses[reported:], reported + 1, step)
+            # The mean may have waited for the device.
+            now = time.perf_counter()
+            rate = (step - reported) / (now - last_report)
+            run.tell(
+                events.Step(
+                    step=step,
+                    steps=method.max_train_steps,
+                    loss=round(mean, 6),
+                    learning_rate=schedule.get_last_lr()[0],
+                    images_per_second=round(rate * pictures_per_step, 3),
+                    seconds_left=round((method.max_train_steps - step) * (now - started) / step, 1),
+                )
+            )
+            reported, last_report = step, now
+        after_step(step)
+    return Fitted(
+        loss=finite_mean(losses[-last_tenth:], method.max_train_steps - last_tenth + 1, method.max_train_steps),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def finite_mean(losses: list[torch.Tensor], first: int, last: int) -> float:
+    """The mean of the losses of steps ``first`` to ``last``."""
+    values = torch.stack(losses)
+    mean = values.mean().item()
+    if not math.isfinite(mean):
+        bad = first + int((~torch.isfinite(values)).nonzero()[0])
+        raise TrainingError(
+            f"the loss was {values[bad - first].item()} at step {bad}: the run has diverged and nothing was saved. "
+            "Lower --learning-rate, or use --mixed-precision bf16 (or no) if it was fp16."
+        )
+    return mean

@@ -1,0 +1,136 @@
+"""Run: what surrounds one training: its folders, its device, its voice."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from sdtune import __version__, events
+from sdtune.errors import TrainingError
+from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.files import publish
+
+LOGS = "logs"
+SAMPLES = "samples"
+
+
+@dataclass
+class Run:
+    """One training run: where it reads and writes, what it computes on, how it tells."""
+
+    dataset: Path
+    output: Path
+    accelerator: Any
+    tensorboard: SummaryWriter
+    started: float = field(default_factory=time.time)
+
+    @classmethod
+    @contextmanager
+    def open(cls, method: TrainingFields, dataset: Path, output: Path) -> Iterator[Run]:
+        """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced."""
+        # Stopping a job must unwind it: temporary files go, event files are closed.
+        signal.signal(signal.SIGTERM, _raise_interrupt)
+        for library in (diffusers, transformers):
+            library.utils.logging.disable_progress_bar()
+        for leftover in (LOGS, SAMPLES):
+            shutil.rmtree(output / leftover, ignore_errors=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            tensorboard = SummaryWriter(output / LOGS)
+        except OSError as error:
+            raise TrainingError(f"output: {output} cannot be written ({error}); choose another --output.") from None
+        with tensorboard:
+            accelerator = Accelerator(mixed_precision=mixed_precision(method.mixed_precision))
+            yield cls(dataset, output, accelerator, tensorboard)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def mixed_precision(self) -> str:
+        """What ``auto`` became: no, fp16 or bf16."""
+        return str(self.accelerator.mixed_precision)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Type of the frozen weights. Trainable ones are float32 always."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.mixed_precision, torch.float32)
+
+    def tell(self, event: events.Event) -> None:
+        """Say it on standard output, and draw it in TensorBoard where it is a number."""
+        events.emit(event)
+        if isinstance(event, events.Step):
+            self.tensorboard.add_scalar("train/loss", event.loss, event.step)
+            self.tensorboard.add_scalar("train/learning_rate", event.learning_rate, event.step)
+            self.tensorboard.add_scalar("train/images_per_second", event.images_per_second, event.step)
+
+    def save_samples(self, step: int, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> None:
+        """Write the pictures of each prompt, drawn after ``step`` steps, as PNG files and into TensorBoard."""
+        for number, (prompt, row) in enumerate(zip(prompts, pictures, strict=True)):
+            for sample, picture in enumerate(row):
+                path = self.output / SAMPLES / f"step-{step:06d}" / f"prompt-{number}-sample-{sample}.png"
+                with publish(path) as temporary:
+                    picture.save(temporary, format="PNG")
+                self.tensorboard.add_image(
+                    f"samples/{number}-{sample} {prompt}", _pixels(picture), step, dataformats="HWC"
+                )
+
+    def save_picture(self, kind: str, name: str, picture: Image.Image) -> None:
+        """Write one picture of the result."""
+        with publish(self.output / name) as temporary:
+            picture.save(temporary, format="PNG")
+        self.tell(events.Artifact(kind, str(self.output / name)))
+
+    def finish(self, method: TrainingFields, loss: float, change: float) -> None:
+        """Write the recipe, which comes last (an output folder that has one holds a finished run), and say so."""
+        self.tell(events.Artifact("tensorboard", str(self.output / LOGS)))
+        self._save_recipe(method)
+        seconds = round(time.time() - self.started, 1)
+        self.tell(events.Finished(seconds=seconds, steps=method.max_train_steps, loss=loss, change=change))
+
+    def _save_recipe(self, method: TrainingFields) -> None:
+        used = {"method": method.name, **method.settings()}
+        text = (
+            f"# What sdtune {__version__} trained {self.output.name} with. Train the same again with\n"
+            f"#   sdtune train {method.name} --config recipe.yaml --dataset DIR --output DIR\n"
+            + yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
+        )
+        with publish(self.output / "recipe.yaml") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        self.tell(events.Artifact("recipe", str(self.output / "recipe.yaml")))
+
+
+def mixed_precision(setting: str) -> str:
+    """``auto`` resolved for this machine; anything else as it is."""
+    if setting != "auto":
+        return setting
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _pixels(picture: Image.Image) -> Any:
+    import numpy
+
+    return numpy.asarray(picture)
+
+
+def _raise_interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,144 @@
+"""One value, five hops, one name: what is typed arrives in the trainer as it was typed."""
+
+from __future__ import annotations
+
+import types
+import typing
+from typing import Annotated, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sdtune.jobs.spec import plan_training
+from sdtune.methods.catalog import METHODS
+from sdtune.methods.fields import TrainingFields
+
+AWKWARD = ["1", "null", "true", "-1", "--help", "--output=x", "a, b", "it's \"quoted\"", "$(rm -rf /)", "🐈 naïve", "a\nb", "x" * 10_000]
+
+# A value that no field has by default, by the field's type and bounds.
+VALUES: dict[str, Any] = {
+    "base_model": "someone/some-model",
+    "resolution": 768,
+    "gradient_accumulation_steps": 3,
+    "max_train_steps": 77,
+    "train_batch_size": 5,
+    "mixed_precision": "fp16",
+    "learning_rate": 5e-5,
+    "lr_scheduler": "cosine",
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.99,
+    "adam_weight_decay": 0.5,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 0.25,
+    "snr_gamma": 5.5,
+    "noise_offset": 0.0357,
+    "sample_prompt": ("a photo of sks cat", "a drawing"),
+    "num_samples": 2,
+    "sample_every": 9,
+    "sample_steps": 11,
+    "guidance_scale": 3.5,
+    "seed": 7,
+    "instance_prompt": "a photo of sks dog",
+    "rank": 8,
+    "lora_alpha": 4.0,
+    "lora_dropout": 0.125,
+    "target_modules": ("to_q", "proj_in"),
+    "random_flip": True,
+    "gradient_checkpointing": True,
+}
+# Fields that only make sense beside another one.
+BESIDE = {"lr_warmup_steps": {"lr_scheduler": "linear"}}
+VALUES["lr_warmup_steps"] = 13
+
+CASES = [(name, field) for name, method in METHODS.items() for field in method.model_fields]
+
+
+def required(method: type[TrainingFields]) -> dict[str, Any]:
+    return {name: VALUES[name] for name, info in method.model_fields.items() if info.is_required()}
+
+
+def as_options(settings: dict[str, Any], method: type[TrainingFields]) -> list[str]:
+    """What a user types for ``settings``."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [word for one in (value if isinstance(value, tuple) else (value,)) for word in (flag, str(one))]
+    return words
+
+
+def parse_typed(method: type[TrainingFields], words: list[str]) -> TrainingFields:
+    """What the command line makes of ``words``."""
+    import typer
+
+    from sdtune.cli.options import method_parameters, typed_settings
+    import inspect
+
+    got: list[TrainingFields] = []
+
+    def command(**arguments: Any) -> None:
+        got.append(method.from_settings(typed_settings(method, arguments)))
+
+    command.__signature__ = inspect.Signature(method_parameters(method, taken=set()))  # type: ignore[attr-defined]
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return got[0]
+
+
+@pytest.mark.parametrize(("name", "field"), CASES)
+def test_a_typed_value_arrives_in_the_trainer(name: str, field: str) -> None:
+    method = METHODS[name]
+    settings = {**required(method), **BESIDE.get(field, {}), field: VALUES[field]}
+    typed = parse_typed(method, as_options(settings, method))
+    job = plan_training(typed, "/data", "/out")
+    arrived = method.from_args(job.args[4:])
+    assert getattr(arrived, field) == VALUES[field]
+    assert getattr(arrived, field) != method.model_fields[field].default
+    assert arrived == typed
+
+
+@pytest.mark.parametrize(("name", "field"), CASES)
+def test_a_search_lays_its_value_over_the_recipe(name: str, field: str) -> None:
+    method = METHODS[name]
+    if isinstance(VALUES[field], tuple):
+        pytest.skip("a search draws numbers and words, not lists")
+    sent = method.from_settings({**required(method), **BESIDE.get(field, {})})
+    arrived = method.from_args([*sent.to_args(), f"--{field}={VALUES[field]}"])
+    assert getattr(arrived, field) == VALUES[field]
+
+
+@pytest.mark.parametrize("prompt", AWKWARD)
+def test_awkward_prompts_arrive_unchanged(prompt: str) -> None:
+    method = METHODS["dreambooth-lora"]
+    typed = parse_typed(method, [f"--instance-prompt={prompt}"])
+    assert method.from_args(typed.to_args()) == typed
+    assert typed.instance_prompt == prompt  # type: ignore[attr-defined]
+
+
+@given(st.text(min_size=1, max_size=200))
+def test_any_prompt_survives_the_arguments(prompt: str) -> None:
+    method = METHODS["dreambooth-lora"]
+    sent = method.from_settings({"instance_prompt": prompt, "sample_prompt": [prompt, prompt]})
+    assert method.from_args(sent.to_args()) == sent
+
+
+def test_every_field_has_a_help_text_and_a_type_that_a_user_can_type() -> None:
+    assert CASES
+    for name, field in CASES:
+        info = METHODS[name].model_fields[field]
+        assert info.description, field
+        assert info.description[0].isupper(), field
+        assert _leaf(info.annotation) in (int, float, bool, str) or typing.get_origin(_leaf(info.annotation)), field
+
+
+def _leaf(annotation: Any) -> Any:
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return next(_leaf(part) for part in typing.get_args(annotation) if part is not type(None))
+    return _leaf(typing.get_args(annotation)[0]) if origin is Annotated else annotation
