@@ -15,7 +15,20 @@ from sdtune.jobs.spec import plan_training
 from sdtune.methods.catalog import METHODS
 from sdtune.methods.fields import TrainingFields
 
-AWKWARD = ["1", "null", "true", "-1", "--help", "--output=x", "a, b", "it's \"quoted\"", "$(rm -rf /)", "🐈 naïve", "a\nb", "x" * 10_000]
+AWKWARD = [
+    "1",
+    "null",
+    "true",
+    "-1",
+    "--help",
+    "--output=x",
+    "a, b",
+    'it\'s "quoted"',
+    "$(rm -rf /)",
+    "🐈 naïve",
+    "a\nb",
+    "x" * 10_000,
+]
 
 # A value that no field has by default, by the field's type and bounds.
 VALUES: dict[str, Any] = {
@@ -73,10 +86,11 @@ def as_options(settings: dict[str, Any], method: type[TrainingFields]) -> list[s
 
 def parse_typed(method: type[TrainingFields], words: list[str]) -> TrainingFields:
     """What the command line makes of ``words``."""
+    import inspect
+
     import typer
 
     from sdtune.cli.options import method_parameters, typed_settings
-    import inspect
 
     got: list[TrainingFields] = []
 
@@ -103,11 +117,9 @@ def test_a_typed_value_arrives_in_the_trainer(name: str, field: str) -> None:
     assert arrived == typed
 
 
-@pytest.mark.parametrize(("name", "field"), CASES)
+@pytest.mark.parametrize(("name", "field"), [case for case in CASES if not isinstance(VALUES[case[1]], tuple)])
 def test_a_search_lays_its_value_over_the_recipe(name: str, field: str) -> None:
     method = METHODS[name]
-    if isinstance(VALUES[field], tuple):
-        pytest.skip("a search draws numbers and words, not lists")
     sent = method.from_settings({**required(method), **BESIDE.get(field, {})})
     arrived = method.from_args([*sent.to_args(), f"--{field}={VALUES[field]}"])
     assert getattr(arrived, field) == VALUES[field]

@@ -34,9 +34,9 @@ def kohya_captions(folder: Folder, images: Iterable[str], draft: Draft) -> dict[
 
 def remark_on_unread(folder: Folder, parent: str, why: str, draft: Draft) -> None:
     """Warn of the text files directly in ``parent`` that no image has taken; ``why``: of those with an image."""
-    stems = {splitext(path)[0] for path in folder.images}
-    for path in folder.texts:
-        if dirname(path) != parent or path in draft.rows:
+    stems = {splitext(path)[0] for path in folder.images_in.get(parent, ())}
+    for path in folder.texts_in.get(parent, ()):
+        if path in draft.rows:
             continue
         if splitext(path)[0] in stems:
             draft.reject("unused-caption", path, f"is not read: {why}.")

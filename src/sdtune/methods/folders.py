@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from posixpath import basename, dirname, splitext
 
 from sdtune.methods.images import CONVERT, SUFFIXES, sniff
@@ -18,9 +18,9 @@ _SYSTEM_FILES = ("thumbs.db", "desktop.ini", "ehthumbs.db")
 _SYSTEM_FOLDERS = ("__macosx", "__pycache__", "@eadir")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Folder:
-    """The files of a dataset by what their names promise. Each dict: path -> file."""
+    """The files of a dataset by what their names promise. Each dict: path -> file, in the order of the paths."""
 
     name: str
     images: dict[str, File] = field(default_factory=dict)
@@ -28,23 +28,27 @@ class Folder:
     others: dict[str, File] = field(default_factory=dict)
     paths: list[str] = field(default_factory=list)
 
-    def inside(self, parent: str) -> dict[str, File]:
-        """The images directly in the sub-folder ``parent``; "" is the dataset itself."""
-        return {path: file for path, file in self.images.items() if dirname(path) == parent}
+    @cached_property
+    def images_in(self) -> dict[str, dict[str, File]]:
+        """By the folder they lie directly in; "" is the dataset itself. Read only when all images are known."""
+        return _by_parent(self.images)
+
+    @cached_property
+    def texts_in(self) -> dict[str, dict[str, File]]:
+        return _by_parent(self.texts)
 
 
 def sort_files(source: Source, draft: Draft) -> Folder:
-    folder = Folder(source.name)
+    """Everything in ``source``; what no layout can use is noted at once."""
     found = sorted(source.files(), key=lambda entry: entry.path)
+    folder = Folder(source.name)
     for entry in found:
         folder.paths.append(entry.path)
-        if isinstance(entry, Obstacle):
-            if not _is_hidden(entry.path):
-                draft.reject(entry.code, entry.path, entry.message)
-            continue
         suffix = splitext(entry.path)[1].lower()
         if _is_hidden(entry.path):
             draft.drop(entry.path, "system-file")
+        elif isinstance(entry, Obstacle):
+            draft.reject(entry.code, entry.path, entry.message)
         elif suffix in SUFFIXES:
             folder.images[entry.path] = entry
         elif suffix in CAPTION_SUFFIXES and _unlike_metadata(entry.path):
@@ -55,6 +59,13 @@ def sort_files(source: Source, draft: Draft) -> Folder:
     if not found:
         draft.find("empty", "", "the folder is empty. Put the images into it.")
     return folder
+
+
+def _by_parent(files: dict[str, File]) -> dict[str, dict[str, File]]:
+    parents: dict[str, dict[str, File]] = {}
+    for path, file in files.items():
+        parents.setdefault(dirname(path), {})[path] = file
+    return parents
 
 
 def _is_hidden(path: str) -> bool:
@@ -94,6 +105,6 @@ def _suffix_of(format_: str) -> str:
     return next((suffix for suffix, name in SUFFIXES.items() if name == format_), "." + format_.lower())
 
 
-def number_of(things: Sized, noun: str) -> str:
-    """ "1 image", "3 images"."""
-    return f"{len(things)} {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
+def number_of(count: int, noun: str) -> str:
+    """1 image, 3 images."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -25,8 +25,8 @@ SUFFIXES: dict[str, str] = {
 }
 """The names an image may have, in lower case, and the format each promises. The content decides, not the name."""
 
-# MPO is what phones write into .jpg: a JPEG with more pictures behind it (depth, gain map).
-FORMATS = (*sorted(set(SUFFIXES.values())), "MPO")
+FORMATS = tuple(sorted(set(SUFFIXES.values())))
+"""Pillow's other decoders stay shut, whatever a file claims to be."""
 
 CONVERT = frozenset(
     ".heic .heif .jxl .jp2 .j2k .psd .xcf .svg .eps .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split()  # noqa: SIM905
@@ -73,8 +73,9 @@ class Picture:
 
     @property
     def plain(self) -> bool:
-        """A program that only calls convert("RGB") sees the same as open_image."""
-        return not (self.rotated or self.transparent or self.deep or self.mode == "CMYK")
+        """Any program that reads images sees what open_image sees."""
+        common = self.format in ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+        return common and not (self.rotated or self.transparent or self.deep or self.mode == "CMYK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,7 @@ def _picture(image: Image.Image) -> Picture:
         width=width,
         height=height,
         rotated=orientation in _TURNS,
+        # What phones write into .jpg is MPO, a JPEG with more pictures behind it (depth, gain map): the first counts.
         animated=image.format != "MPO" and bool(getattr(image, "is_animated", False)),
         transparent=image.has_transparency_data,
     )

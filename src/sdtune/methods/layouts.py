@@ -92,7 +92,7 @@ class _Asked:
 
 def _read_images(folder: Folder, draft: Draft) -> list[_Asked]:
     """Layout.IMAGES: one flat folder."""
-    top = folder.inside("")
+    top = folder.images_in.get("", {})
     if not top:
         _explain_no_images(folder, draft)
         return []
@@ -136,7 +136,7 @@ def _read_kohya(folder: Folder, draft: Draft) -> list[_Asked]:
     if not folder.images:
         _explain_no_images(folder, draft)
         return []
-    flat = folder.inside("")
+    flat = folder.images_in.get("", {})
     names = sorted({path.split("/")[0] for path in folder.images if "/" in path})
     for path in flat:
         draft.drop(path, "flat-images")
@@ -146,8 +146,8 @@ def _read_kohya(folder: Folder, draft: Draft) -> list[_Asked]:
         return []
     if flat:
         message = (
-            f"{number_of(flat, 'image')} directly in the dataset, such as {next(iter(flat))!r}; kohya reads only images"
-            " in folders named <repeats>_<name>. Move them into one, such as '10_sks dog'."
+            f"{number_of(len(flat), 'image')} directly in the dataset, such as {next(iter(flat))!r}; kohya reads only"
+            " images in folders named <repeats>_<name>. Move them into one, such as '10_sks dog'."
         )
         draft.find("flat-images", "", message)
     return [asked for name in names for asked in _read_repeats_folder(folder, name, draft)]
@@ -162,7 +162,7 @@ def _read_repeats_folder(folder: Folder, name: str, draft: Draft) -> list[_Asked
         message = f"every image of this folder is shown {repeats} times per epoch. Is {repeats} a number of repeats?"
         draft.find("many-repeats", name, message)
     _ignore_sub_folders(folder, name, draft)
-    images = folder.inside(name)
+    images = dict(folder.images_in.get(name, {}))
     for path in list(images):
         suffix = splitext(path)[1].lower()
         if suffix not in KOHYA_SUFFIXES:
@@ -175,7 +175,8 @@ def _read_repeats_folder(folder: Folder, name: str, draft: Draft) -> list[_Asked
     remark_on_unread(folder, name, "kohya reads <name of the image>.txt", draft)
     fallback = name.partition("_")[2]
     if not fallback and len(captions) < len(images):
-        message = f"{len(images) - len(captions)} images have neither a .txt caption nor one in the folder's name."
+        lacking = number_of(len(images) - len(captions), "image")
+        message = f"{lacking} with neither a .txt caption nor one in the folder's name."
         draft.find("no-caption", name, f"{message} Name it <repeats>_<caption>.")
     return [_Asked(file, captions.get(path, fallback), repeats) for path, file in images.items()]
 
@@ -218,23 +219,25 @@ def _explain_no_images(folder: Folder, draft: Draft) -> None:
             )
         else:
             advice = "Give one of them, or move the images up."
-        message = f"no image directly in the folder; {number_of(folder.images, 'image')} in {where}{more}. {advice}"
+        message = (
+            f"no image directly in the folder; {number_of(len(folder.images), 'image')} in {where}{more}. {advice}"
+        )
         draft.find("only-sub-folders", "", message)
     elif folder.paths:
         archives = [path for path in folder.others if splitext(path)[1].lower() in ARCHIVES]
         advice = f"Unpack {archives[0]!r}." if archives else f"Wanted are files ending in {', '.join(SUFFIXES)}."
-        draft.find("no-images", "", f"{number_of(folder.paths, 'file')} and no image among them. {advice}")
+        draft.find("no-images", "", f"{number_of(len(folder.paths), 'file')} and no image among them. {advice}")
 
 
 def _ignore_sub_folders(folder: Folder, parent: str, draft: Draft) -> None:
     """Warn of the images below the sub-folders of ``parent``, which are not read."""
     start = parent + "/" if parent else ""
     below: dict[str, list[str]] = defaultdict(list)
-    for path in folder.images:
-        if path.startswith(start) and "/" in path[len(start) :]:
-            below[start + path[len(start) :].split("/")[0]].append(path)
+    for folder_below, images in folder.images_in.items():
+        if folder_below.startswith(start) and folder_below != parent:
+            below[start + folder_below[len(start) :].split("/")[0]] += images
     for name, paths in below.items():
-        message = f"{number_of(paths, 'image')} in this sub-folder: not used. Move them up if they should be."
+        message = f"{number_of(len(paths), 'image')} in this sub-folder: not used. Move them up if they should be."
         draft.find("sub-folder", name, message)
         for path in paths:
             draft.drop(path, "sub-folder")
@@ -246,7 +249,7 @@ def _explain_no_repeats(folder: Folder, name: str, repeats: int | None, draft: D
     code = "no-repeats" if repeats is None else "bad-repeats"
     for path in below:
         draft.drop(path, code)
-    lost = f"kohya would silently leave out its {number_of(below, 'image')}"
+    lost = f"kohya would silently leave out its {number_of(len(below), 'image')}"
     if repeats is not None:
         better = f"10_{name.partition('_')[2]}"
         draft.find(

@@ -116,7 +116,7 @@ class Example:
     """After EXIF rotation."""
     repeats: int = 1
     plain: bool = True
-    """Any program sees in the file what open_image sees: 8 bits, RGB or grey, opaque, not rotated by EXIF."""
+    """Any program sees in the file what open_image sees: a common format, 8 bits, opaque, not rotated by EXIF."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ class Draft:
             layout,
             rows=tuple(self.rows[path] for path in sorted(self.rows)),
             findings=tuple(sorted(self.findings, key=lambda found: (order.index(found.severity), found.path))),
-            examples=tuple(sorted(examples, key=lambda example: example.image)),
+            examples=tuple(examples),
         )
 
 

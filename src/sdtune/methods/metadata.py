@@ -82,7 +82,7 @@ def _explain_no_metadata(folder: Folder, draft: Draft, required: bool) -> None:
             hint = f"There is one in {dirname(nested)!r}: give that folder as the dataset."
         elif folder.texts:
             hint += f". (Captions in {splitext(next(iter(folder.texts)))[1]} files are not read by this method.)"
-        draft.find("no-metadata", "", f"{number_of(folder.images, 'image')} and no metadata.jsonl. {hint}")
+        draft.find("no-metadata", "", f"{number_of(len(folder.images), 'image')} and no metadata.jsonl. {hint}")
 
 
 def read_metadata(file: File, draft: Draft, images: Collection[str]) -> list[MetadataRow] | None:

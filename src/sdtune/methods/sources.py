@@ -118,7 +118,7 @@ class LocalFolder:
 
 def _file_or_obstacle(entry: os.DirEntry[str], path: str, top: Path) -> LocalFile | Obstacle:
     if entry.is_symlink():
-        target = Path(entry.path).resolve()
+        target = Path(os.path.realpath(entry.path))  # Path.resolve raises at a link to itself
         if not target.is_relative_to(top):
             return Obstacle(path, "link-outside", "is a link that leads out of the dataset. Put the file itself here.")
         if not target.exists():

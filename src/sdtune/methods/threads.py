@@ -30,8 +30,8 @@ def in_threads(
     results: list[R] = []
     reported = time.monotonic()
     with ThreadPoolExecutor(workers) as pool, warnings.catch_warnings():
-        # Pillow warns of what the callers report as findings. Filters are per process, so they are set here, once.
-        warnings.simplefilter("ignore")
+        # Pillow warns of what the callers report as findings. Filters are per process, so it is set here, once.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         waiting = [pool.submit(lambda part: [function(item) for item in part], part) for part in parts]
         try:
             for future in waiting:

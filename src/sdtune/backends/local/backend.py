@@ -31,7 +31,7 @@ class LocalBackend:
     name = "local"
 
     def __init__(self) -> None:
-        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def place(self) -> str:
@@ -61,9 +61,6 @@ class LocalBackend:
             stdout=subprocess.PIPE,
             # One stream keeps a warning beside the step it belongs to.
             stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
             # Ctrl-C reaches the launcher alone, which then stops the job in good order.
             start_new_session=True,
         )
@@ -76,7 +73,7 @@ class LocalBackend:
         assert stream is not None
         for line in stream:
             # A progress bar redraws its line with carriage returns; only its last state is worth a line.
-            yield LogLine(line.rstrip("\n").rpartition("\r")[2])
+            yield LogLine(line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
 
     def wait(self, job_id: str) -> JobEnd:
         return JobEnd(self._processes[job_id].wait())

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sdtune.errors import TrainingError
 from sdtune.training.components.files import publish
-from sdtune.training.components.lora_names import LoraPart, kohya_name
+from sdtune.training.components.lora_names import LoraPart, diffusers_layer, kohya_name
 from sdtune.training.components.lora_weights import Family, LoraModule, LoraWeights
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -39,25 +40,26 @@ def write_diffusers_lora(
 ) -> Path:
     """``<folder>/pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights(folder)``; returns its path.
 
-    Names are those that diffusers' own training scripts have written since 0.20 (``lora.down``/``lora.up``, text
-    encoders ``text_model....lora_linear_layer.down``), the same suffix throughout: diffusers looks at one key to tell
-    the form of the file. It strips ``text_model.`` itself where transformers has flattened its modules; the names
-    without it load there only.
+    Of the names that diffusers reads, those that every version since 0.14 and ComfyUI read as well: the UNet's
+    attention as ``attn1.processor.to_q_lora.down`` (ComfyUI skips ``attn1.to_q.lora.down``, and draws with the rest),
+    other layers ``lora.down``, text encoders ``text_model....lora_linear_layer.down``. diffusers strips
+    ``text_model.`` itself where transformers has flattened its modules; names without it load there only.
 
     The scale alpha / rank is multiplied into ``up``, and the header says alpha = rank. Only diffusers from 0.34 on
-    reads an alpha from the header; older ones and the UIs that take this form apply scale 1 without a word.
+    reads an alpha from the header; older ones and ComfyUI would apply scale 1 without a word.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
     trained_alpha: dict[str, float] = {}
     for component, modules in weights.items():
-        layer = "lora" if component == "unet" else "lora_linear_layer"
         for path, module in modules.items():
-            key = f"{component}.{path}"
-            tensors[f"{key}.{layer}.down.weight"] = _cast(module.down, dtype, key)
-            tensors[f"{key}.{layer}.up.weight"] = _cast(module.up.float() * module.scale, dtype, key)
+            name = f"{component}.{path}"
+            layer = diffusers_layer(component, path)
+            tensors[f"{layer}.down.weight"] = _cast(module.down, dtype, name)
+            tensors[f"{layer}.up.weight"] = _cast(module.up.float() * module.scale, dtype, name)
             if module.magnitude is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = _cast(module.magnitude, dtype, key)
+                like_peft = module.magnitude if module.down.dim() == 2 else module.magnitude.reshape(1, -1, 1, 1)
+                tensors[f"{name}.lora_magnitude_vector"] = _cast(like_peft, dtype, name)
         header |= {f"{component}.{name}": value for name, value in _peft_config(modules).items()}
         if len(alphas := {module.alpha for module in modules.values()}) == 1:
             trained_alpha[component] = alphas.pop()
@@ -94,7 +96,7 @@ def write_kohya_lora(
     """A file for A1111, Forge, SD.Next, ComfyUI, kohya's tools and diffusers; returns its path.
 
     ``lora_unet_``, ``lora_te_`` (SDXL: ``lora_te1_``, ``lora_te2_``, and the block names of its original UNet), each
-    module with its true ``.alpha``. Half precision is what kohya's users expect of such a file: it is for drawing.
+    module with its ``.alpha``. Half precision is what kohya's users expect of such a file: it is for drawing.
     metadata: of ``kohya_metadata``; the hashes are added here.
     """
     sdxl = family is Family.SDXL
@@ -115,17 +117,24 @@ def write_kohya_lora(
 
 
 def _loadable(component: str, modules: Mapping[str, LoraModule]) -> Mapping[str, LoraModule]:
-    """modules, with one out_proj of zeros more where a text encoder's attention was trained without any.
+    """modules of the same effect, in a form that diffusers reads right.
 
-    diffusers tells the form of a text encoder's part by the presence of out_proj, and refuses the whole file or
-    silently skips the attention without it.
+    It applies one alpha to all modules of a component (to 0.42 it looks for others under names that do not exist):
+    where they differ, the most common one is kept and the rest of the scale multiplied into ``up``. And it tells the
+    form of a text encoder's part by the presence of out_proj: without any, it refuses the whole file or silently
+    skips the attention. So attention trained without it gets one of zeros.
     """
-    attention = {path: module for path, module in modules.items() if ".self_attn." in path}
-    if component == "unet" or not attention or any(path.endswith(".out_proj") for path in attention):
-        return modules
-    path, like = next(iter(attention.items()))
-    zeros = LoraModule(torch.zeros_like(like.down), torch.zeros_like(like.up), like.alpha)
-    return {**modules, f"{path.rpartition('.')[0]}.out_proj": zeros}
+    alpha = Counter(module.alpha for module in modules.values()).most_common(1)[0][0]
+    loadable = {
+        path: module if module.alpha == alpha else replace(module, up=module.up * (module.alpha / alpha), alpha=alpha)
+        for path, module in modules.items()
+    }
+    attention = [path for path in loadable if ".self_attn." in path]
+    if component != "unet" and attention and not any(path.endswith(".out_proj") for path in attention):
+        like = loadable[attention[0]]
+        zeros = LoraModule(torch.zeros_like(like.down), torch.zeros_like(like.up), alpha)
+        loadable[f"{attention[0].rpartition('.')[0]}.out_proj"] = zeros
+    return loadable
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

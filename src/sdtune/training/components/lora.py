@@ -19,6 +19,9 @@ from sdtune.training.components.lora_weights import collect_lora, lora_change
 from sdtune.training.components.models import Parts
 from sdtune.training.run import Run
 
+SMALLEST_CHANGE = 6e-8
+"""Of a weight, in float16, the type of files for drawing: what is smaller is zero there."""
+
 
 def attach_lora(parts: Parts, method: LoraFields) -> list[torch.nn.Parameter]:
     """Put a LoRA on the UNet's target modules; its parameters, in float32.
@@ -83,7 +86,7 @@ def save_lora(parts: Parts, method: DreamBoothLora, run: Run, images: CachedImag
         },
     )
     change = lora_change(weights)
-    if change == 0:
+    if change < SMALLEST_CHANGE:
         raise TrainingError(
             "the LoRA is zero: nothing was learned, so nothing was saved. "
             f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."

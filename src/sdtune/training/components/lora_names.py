@@ -31,6 +31,15 @@ def classic_clip_path(path: str) -> str:
     return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
 
+def diffusers_layer(component: str, path: str) -> str:
+    """The key in diffusers' form up to ``.down.weight``/``.up.weight``; export.write_diffusers_lora says why so."""
+    if component != "unet":
+        return f"{component}.{path}.lora_linear_layer"
+    if attention := re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", path):
+        return f"unet.{attention[1]}.processor.to_{attention[2]}_lora"
+    return f"unet.{path}.lora"
+
+
 def kohya_name(prefix: str, path: str, *, sgm: bool = False) -> str:
     """prefix: ``lora_unet``, ``lora_te``, ``lora_te1`` or ``lora_te2``; sgm: in the names of SDXL's original UNet."""
     return f"{prefix}_{(_renamed(path, _SGM) if sgm else path).replace('.', '_')}"
@@ -42,11 +51,10 @@ def path_of(flat: str) -> str:
     TrainingError: not the name of a module of Stable Diffusion's UNet or of a CLIP text encoder.
     """
     words = [match.group(1) for match in _WORD.finditer(flat)]
-    if "_".join(words) != flat:
+    if "_".join(words) != flat or words[0] not in _ROOTS | _SGM_ROOTS:
         raise TrainingError(f"{flat}: not the name of a Stable Diffusion module.")
     path = ".".join(words)
-    is_sgm = path.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."))
-    return _renamed(path, _DIFFUSERS) if is_sgm else path
+    return path if words[0] in _ROOTS else _renamed(path, _DIFFUSERS)
 
 
 def _renamed(path: str, table: dict[str, str]) -> str:
@@ -96,6 +104,8 @@ def _sgm_names() -> dict[str, str]:
 
 _SGM = _sgm_names()
 _DIFFUSERS = {sgm: path for path, sgm in _SGM.items()}
+_ROOTS = {path.partition(".")[0] for path in _SGM} | {"text_model", "text_projection"}
+_SGM_ROOTS = {sgm.partition(".")[0] for sgm in _DIFFUSERS}
 
 # Words of a path that hold an underscore themselves: what makes kohya's names ambiguous to split.
 _UNDERSCORED = (

@@ -1,0 +1,149 @@
+"""The command line as a user meets it, in process; the whole of it in a process in test_run.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdtune.cli import app as cli
+from tests.conftest import BASE_MODEL
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sdtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command line; its exit code, standard output and standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["sdtune", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def good(pictures: Path, tmp_path: Path) -> list[Any]:
+    return [
+        "train", "dreambooth-lora", "--base-model", BASE_MODEL, "--dataset", pictures,
+        "--instance-prompt", "a photo of sks cat", "--output", tmp_path / "out",
+    ]  # fmt: skip
+
+
+def test_dry_run_shows_what_would_run_and_starts_nothing(
+    sdtune: Command, pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    code, out, _ = sdtune(*good(pictures(), tmp_path), "--dry-run", "--rank", "8")
+    assert code == 0
+    assert "3 files, 3 used, 0 dropped" in out
+    assert "3 pictures at 128 px" in out
+    assert "400 steps of 1 picture, seed 42" in out
+    assert "Nothing was started" in out
+    assert '"rank": 8' in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_is_one_object_per_line(sdtune: Command, pictures: Callable[..., Path], tmp_path: Path) -> None:
+    code, out, err = sdtune(*good(pictures(), tmp_path), "--dry-run", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [line["event"] for line in lines] == ["progress", "dataset", "plan", "dry_run"]
+    assert lines[-1]["command"][1:5] == ["-m", "sdtune.training", "train", "dreambooth-lora"]
+
+
+def test_all_mistakes_together_and_nothing_written(sdtune: Command, tmp_path: Path) -> None:
+    code, out, err = sdtune(
+        "train", "dreambooth-lora", "--base-model", BASE_MODEL, "--dataset", tmp_path / "nowhere",
+        "--output", tmp_path / "out", "--rank", "0", "--learning-rate", "fast",
+    )  # fmt: skip
+    assert code == 2
+    for words in ("instance_prompt: missing", "rank: found '0'", "learning_rate: found 'fast'", "nowhere"):
+        assert words in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_are_json_too_when_asked(sdtune: Command, tmp_path: Path) -> None:
+    code, out, err = sdtune("train", "dreambooth-lora", "--json", "--dataset", tmp_path, "--output", tmp_path / "out")
+    last = json.loads(out.splitlines()[-1])
+    assert (code, err, last["event"], last["exit_code"]) == (2, "", "error", 2)
+
+
+def test_what_is_typed_wins_over_the_recipe(sdtune: Command, pictures: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: dreambooth-lora\nrank: 8\nlearning_rate: 2e-4\nmax_train_steps: 9\n")
+    _, out, _ = sdtune(*good(pictures(), tmp_path), "--config", recipe, "--rank", "32", "--dry-run", "--json")
+    settings = json.loads(out.splitlines()[2])["settings"]
+    assert (settings["rank"], settings["learning_rate"], settings["max_train_steps"]) == (32, 2e-4, 9)
+
+
+def test_a_switch_of_the_recipe_can_be_switched_off(
+    sdtune: Command, pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("random_flip: true\n")
+    run = [*good(pictures(), tmp_path), "--config", recipe, "--dry-run", "--json"]
+    for words, flip in (([], True), (["--no-random-flip"], False)):
+        _, out, _ = sdtune(*run, *words)
+        assert json.loads(out.splitlines()[2])["settings"]["random_flip"] is flip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rank: [", "is not YAML"),
+        ("- 1\n", "holds a list; wanted lines of the form `setting: value`."),
+        ("rank: 4\nlr: 3\n", "lr: dreambooth-lora has no such setting"),
+        ("method: kohya-native-lora\n", "is a recipe of kohya-native-lora"),
+        ("1: 2\n", "wanted lines of the form"),
+    ],
+)
+def test_broken_recipes_are_explained(
+    sdtune: Command, pictures: Callable[..., Path], tmp_path: Path, text: str, words: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    code, _, err = sdtune(*good(pictures(), tmp_path), "--config", recipe)
+    assert code == 2
+    assert words in err
+
+
+def test_an_unknown_option_and_an_unknown_method_are_refused(sdtune: Command, tmp_path: Path) -> None:
+    code, _, err = sdtune("train", "dreambooth-lora", "--lr", "1")
+    assert (code, "No such option" in err) == (2, True)
+    code, _, err = sdtune("train", "dreambooth-lra")
+    assert (code, "Did you mean 'dreambooth-lora'?" in err) == (2, True)
+
+
+def test_validate_tells_every_file(sdtune: Command, pictures: Callable[..., Path]) -> None:
+    folder = pictures()
+    (folder / "notes.pdf").write_text("x")
+    code, out, _ = sdtune("validate", "dreambooth-lora", folder, "--all", "--resolution", "512")
+    assert code == 0
+    assert "4 files, 3 used, 1 dropped" in out
+    for name in ("0.png", "1.png", "2.png", "notes.pdf"):
+        assert name in out
+    assert "warning: 0.png: is 128 x 128 pixels and is enlarged to train at 512" in out
+
+
+def test_validate_ends_with_2_on_a_dataset_that_cannot_be_trained_on(sdtune: Command, tmp_path: Path) -> None:
+    code, _, err = sdtune("validate", "dreambooth-lora", tmp_path)
+    assert code == 2
+    assert "error" in err
+
+
+def test_help_names_every_setting(sdtune: Command) -> None:
+    from sdtune.methods.catalog import METHODS
+
+    for name, method in METHODS.items():
+        code, out, _ = sdtune("train", name, "--help")
+        assert code == 0
+        for field in method.model_fields:
+            assert "--" + field.replace("_", "-") in out

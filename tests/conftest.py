@@ -1,0 +1,44 @@
+"""What many tests need: the shipped base model, small datasets, a dreambooth-lora recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+BASE_MODEL = ROOT / "examples" / "base-model"
+DATASETS = ROOT / "examples" / "datasets"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of small pictures, each of another colour."""
+
+    def make(count: int = 3, side: int = 128, name: str = "pictures") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(count):
+            shade = 40 + 50 * number
+            Image.new("RGB", (side, side), (shade, 255 - shade, 128)).save(folder / f"{number}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def settings() -> dict[str, Any]:
+    """Settings of a dreambooth-lora run that takes seconds on the shipped base model."""
+    return {
+        "base_model": str(BASE_MODEL),
+        "instance_prompt": "a photo of sks cat",
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "rank": 4,
+        "num_samples": 1,
+        "sample_steps": 2,
+    }

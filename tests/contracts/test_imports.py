@@ -1,0 +1,87 @@
+"""The floors hold, the container's part stands alone, and help costs next to nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "src" / "sdtune"
+CONTAINER_PART = ("__init__.py", "errors.py", "events.py", "methods", "training")
+
+REFUSE = """
+import builtins, sys
+
+imported = builtins.__import__
+
+def refusing(name, globals=None, *rest, **named):
+    # Libraries may use what they like; our own modules may not.
+    ours = (globals or {}).get("__name__", "").startswith("sdtune")
+    if ours and name.split(".")[0] in ("google", "typer", "rich"):
+        raise ImportError(f"the trainer must do without {name}")
+    return imported(name, globals, *rest, **named)
+
+builtins.__import__ = refusing
+"""
+HEAVY = ("torch", "google.cloud.", "google.auth", "google.api_core", "diffusers", "transformers")
+
+
+def test_the_import_contract_holds() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    ran = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert "3 kept, 0 broken" in ran.stdout
+
+
+def test_the_containers_part_trains_alone(tmp_path: Path) -> None:
+    """Only what a container copies, in a Python that refuses Google's clients and the terminal's libraries."""
+    (tmp_path / "sdtune").mkdir()
+    for name in CONTAINER_PART:
+        source = PACKAGE / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / "sdtune" / name)
+    script = REFUSE + (
+        "from sdtune.training.__main__ import main\n"
+        "assert not __import__('importlib.util').util.find_spec('sdtune.cli')\n"
+        "import sdtune.training.trainers.dreambooth_lora\n"
+        "sys.exit(main(['train', 'dreambooth-lora', '--dataset=/nowhere', '--output=/nowhere', '--recipe={}']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert "instance_prompt: missing" in ran.stdout
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    script = "import sys\nsys.argv = ['sdtune', '--help']\nfrom sdtune.cli.app import main\n" + (
+        "try:\n    main()\nfinally:\n    print('LOADED', *sys.modules)"
+    )
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+    loaded = ran.stdout.partition("LOADED ")[2].split()
+    assert "typer" in loaded
+    assert not [name for name in loaded if name.startswith((*HEAVY, "pydantic", "rich", "PIL", "yaml"))]
+    # Other work on the machine only ever adds time, so the shortest run is the one that tells.
+    assert min(seconds) < 0.2
+
+
+def test_the_launcher_checks_and_plans_without_torch_and_google(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    script = (
+        "import sys\nfrom sdtune.cli.app import main\n"
+        f"sys.argv = ['sdtune', 'train', 'dreambooth-lora', '--instance-prompt=x', '--dataset={tmp_path}', "
+        f"'--output={tmp_path}/out', '--dry-run']\n"
+        "try:\n    main()\nfinally:\n    print('LOADED', *sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    loaded = ran.stdout.partition("LOADED ")[2].split()
+    assert "pydantic" in loaded
+    assert not [name for name in loaded if name.startswith(HEAVY)]

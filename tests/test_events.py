@@ -1,0 +1,44 @@
+"""Events survive the way through a line of log; everything else stays a line."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdtune import events
+
+EVERY_KIND = [
+    events.Phase("load", "Loading"),
+    events.Progress("cache", 1, 2),
+    events.Step(3, 10, 0.5, 1e-4, 7.5, 12.0),
+    events.Note("“look”\n", "warning"),
+    events.Artifact("lora", "/out/x.safetensors"),
+    events.Failed("training", "why"),
+    events.Finished(1.5, 10, 0.25, 0.01),
+]
+
+
+@pytest.mark.parametrize("event", EVERY_KIND, ids=lambda event: event.event)
+def test_an_event_survives_its_line(event: events.Event) -> None:
+    line = events.to_line(event)
+    assert "\n" not in line
+    assert line.isascii()
+    assert events.parse(line) == event
+
+
+def test_every_kind_is_tried() -> None:
+    assert {type(event) for event in EVERY_KIND} == set(events.KINDS.values())
+
+
+@pytest.mark.parametrize(
+    "line", ["", "step 3", '{"event"', '{"event": "unknown"}', '{"event": "phase"}', '{"event": ["phase"]}', "{}"]
+)
+def test_other_output_is_no_event(line: str) -> None:
+    assert events.parse(line) is None
+
+
+@given(st.text())
+def test_no_line_breaks_the_reader(line: str) -> None:
+    assert events.parse(line) is None
+    events.parse('{"event": ' + line)

@@ -1,0 +1,150 @@
+"""The entry point of containers as a process: the same arguments, the same files, the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sdtune import events
+from sdtune.jobs.spec import plan_training
+from sdtune.methods.dreambooth import DreamBoothLora
+
+
+def command(settings: dict[str, Any], dataset: Path, output: Path) -> list[str]:
+    job = plan_training(DreamBoothLora.from_settings(settings), str(dataset), str(output))
+    return [sys.executable, "-m", "sdtune.training", *job.args]
+
+
+def train(settings: dict[str, Any], dataset: Path, output: Path, *more: str) -> tuple[int, list[events.Event], str]:
+    """Exit code, events, and everything else that was printed."""
+    ran = subprocess.run([*command(settings, dataset, output), *more], capture_output=True, text=True)
+    told = [events.parse(line) for line in ran.stdout.splitlines()]
+    return ran.returncode, [event for event in told if event], ran.stderr
+
+
+def test_a_run_leaves_everything_it_promises(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "my cat"
+    code, told, _ = train({**settings, "lora_alpha": 2, "sample_every": 2}, pictures(), output)
+    assert code == 0
+    assert [type(event).__name__ for event in told][-1] == "Finished"
+
+    with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as lora:
+        names = list(lora.keys())
+        assert all(name.startswith("unet.") for name in names)
+        assert any(lora.get_tensor(key).abs().max() > 0 for key in names if ".up." in key)
+    with safe_open(output / "my cat.safetensors", "pt") as kohya:
+        names, metadata = list(kohya.keys()), kohya.metadata()
+        assert all(name.startswith("lora_unet_") for name in names)
+        assert {float(kohya.get_tensor(key)) for key in names if key.endswith(".alpha")} == {2.0}
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert metadata["modelspec.trigger_phrase"] == "a photo of sks cat"
+    assert not [value for value in metadata.values() if str(tmp_path) in value]
+
+    recipe = yaml.safe_load((output / "recipe.yaml").read_text())
+    assert recipe.pop("method") == "dreambooth-lora"
+    assert (recipe["resolution"], recipe["rank"], recipe["sample_prompt"]) == (128, 4, ["a photo of sks cat"])
+    assert DreamBoothLora.from_settings(recipe).settings() == recipe
+
+    steps = sorted(path.name for path in (output / "samples").iterdir())
+    assert steps == ["step-000000", "step-000002", "step-000004"]
+    assert Image.open(output / "samples" / "step-000004" / "prompt-0-sample-0.png").size == (128, 128)
+    assert Image.open(output / "contact_sheet.png").width > 128
+
+    curves = EventAccumulator(str(output / "logs")).Reload()
+    assert {"train/loss", "train/learning_rate"} <= set(curves.Tags()["scalars"])
+    assert curves.Scalars("train/loss")[-1].step == 4
+    assert not [path for path in output.rglob("*") if ".partial-" in path.name]
+
+
+def test_the_same_settings_give_the_same_file(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset = pictures()
+    digests = []
+    for name, more in (("one", {}), ("two", {}), ("three", {"seed": 1})):
+        assert train({**settings, "num_samples": 0, **more}, dataset, tmp_path / name)[0] == 0
+        digests.append(sha256((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_searchs_value_wins(settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path) -> None:
+    code, _, _ = train(
+        {**settings, "num_samples": 0}, pictures(), tmp_path / "out", "--rank=2", "--learning_rate=1e-05"
+    )
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert (code, recipe["rank"], recipe["learning_rate"]) == (0, 2, 1e-05)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "kind", "words"),
+    [
+        ({"learning_rate": 1e-30}, 5, "training", "the LoRA is zero: nothing was learned"),
+        ({"target_modules": ["to_x"]}, 5, "training", "target_modules: to_x match no layer of the UNet"),
+        ({"base_model": "someone/nothing"}, 5, "training", "base_model: someone/nothing cannot be loaded"),
+    ],
+)
+def test_a_run_that_learns_nothing_says_why_and_fails(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path,
+    more: dict[str, Any], code: int, kind: str, words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ended, told, _ = train({**settings, "num_samples": 0, **more}, pictures(), tmp_path / "out")
+    failed = told[-1]
+    assert ended == code
+    assert isinstance(failed, events.Failed)
+    assert failed.kind == kind
+    assert words in failed.text
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    code, told, _ = train(settings, pictures(), tmp_path / "file")
+    assert code == 5
+    assert "cannot be written" in told[-1].text  # type: ignore[union-attr]
+
+
+def test_a_stopped_run_leaves_no_half_written_file(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings |= {"max_train_steps": 100_000, "num_samples": 0}
+    process = subprocess.Popen(command(settings, pictures(), tmp_path / "out"), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if '"step"' in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    process.stdout.read()
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - started < 10
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs"}
+
+
+def test_wrong_arguments_are_told_as_an_event() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "sdtune.training", "train", "dreambooth-lora", "--dataset=/d", "--output=/o"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert json.loads(ran.stdout)["kind"] == "recipe"
