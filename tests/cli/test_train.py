@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sdtune import __version__
 from sdtune.cli import app as cli
 from tests.conftest import BASE_MODEL
 
@@ -147,3 +148,7 @@ def test_help_names_every_setting(sdtune: Command) -> None:
         assert code == 0
         for field in method.model_fields:
             assert "--" + field.replace("_", "-") in out
+
+
+def test_the_version_is_told(sdtune: Command) -> None:
+    assert sdtune("--version") == (0, f"sdtune {__version__}\n", "")

@@ -43,15 +43,6 @@ SDXL_UNET = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Torch counts the machine's cores, not the container's share of them: tiny work takes 30 times as long then."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def add_lora(model: nn.Module, targets: list[str], rank: int = 4, alpha: float = 2.0, **options: object) -> None:
     """A LoRA with random weights in both halves, on the CPU even where the model is on the meta device."""
     model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, **options), adapter_name="default")

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from sdtune import __version__
 from sdtune.cli.lazy import LazyGroup
 from sdtune.errors import SdtuneError
 
@@ -31,16 +32,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    """Fine-tune Stable Diffusion on Google Cloud, or on this machine."""
-    if version:
-        from sdtune import __version__
-
+def show_version(wanted: bool) -> None:
+    """Say the version and end, before a command is asked for."""
+    if wanted:
         typer.echo(f"sdtune {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune Stable Diffusion on Google Cloud, or on this machine."""
 
 
 def main() -> None:

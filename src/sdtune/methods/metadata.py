@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from posixpath import basename, dirname, normpath, splitext
 from typing import Any
 
@@ -242,25 +243,26 @@ class _Names:
 
     def __init__(self, images: Collection[str]) -> None:
         self.images = images
-        self._by_shape: dict[str, str] | None = None
-        self._searches = 100  # difflib is slow: with thousands of wrong names the first ones must do
+        self._searches_left = 20  # difflib is slow: of thousands of wrong names the first ones must do
+
+    @cached_property
+    def _by_shape(self) -> dict[str, str]:
+        return {_shape(image): image for image in self.images}
+
+    @cached_property
+    def _by_base(self) -> dict[str, str]:
+        return {_shape(basename(image)): image for image in self.images}
 
     def advice(self, name: str) -> str:
-        if self._by_shape is None:
-            self._by_shape = {_shape(image): image for image in self.images}
         if (same := self._by_shape.get(_shape(name))) is not None:
             if same.casefold() == name.casefold():
                 return f" There is {_short(same)}: upper and lower case must be the same."
             return f" There is {_short(same)}, written with other Unicode characters that look alike (NFC, NFD)."
-        base = _shape(basename(name))
-        for image in self.images if self._searches else ():
-            if _shape(basename(image)) == base:
-                return f" Did you mean {_short(image)}?"
-        if self._searches:
-            self._searches -= 1
-            if near := difflib.get_close_matches(name, self.images, 1, 0.7):
-                return f" Did you mean {_short(near[0])}?"
-        return ""
+        near = self._by_base.get(_shape(basename(name)))
+        if near is None and self._searches_left:
+            self._searches_left -= 1
+            near = next(iter(difflib.get_close_matches(name, self.images, 1, 0.7)), None)
+        return f" Did you mean {_short(near)}?" if near is not None else ""
 
 
 def _find_named_twice(rows: list[MetadataRow], path: str, draft: Draft) -> None:

@@ -40,13 +40,13 @@ def write_diffusers_lora(
 ) -> Path:
     """``<folder>/pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights(folder)``; returns its path.
 
-    Of the names that diffusers reads, those that every version since 0.14 and ComfyUI read as well: the UNet's
-    attention as ``attn1.processor.to_q_lora.down`` (ComfyUI skips ``attn1.to_q.lora.down``, and draws with the rest),
-    other layers ``lora.down``, text encoders ``text_model....lora_linear_layer.down``. diffusers strips
-    ``text_model.`` itself where transformers has flattened its modules; names without it load there only.
+    Of the names that diffusers reads, those that ComfyUI reads as well: the UNet's attention as
+    ``attn1.processor.to_q_lora.down`` (ComfyUI skips ``attn1.to_q.lora.down``, and draws with the rest), other layers
+    ``lora.down``, text encoders ``text_model....lora_linear_layer.down``. diffusers 0.42 strips ``text_model.`` itself
+    where transformers has flattened its modules; names without it load there only. Seen with diffusers 0.32 and 0.42.
 
-    The scale alpha / rank is multiplied into ``up``, and the header says alpha = rank. Only diffusers from 0.34 on
-    reads an alpha from the header; older ones and ComfyUI would apply scale 1 without a word.
+    The scale alpha / rank is multiplied into ``up``, and the header says alpha = rank: diffusers 0.42 reads an alpha
+    from the header, 0.32 and ComfyUI do not and would apply scale 1 without a word.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
