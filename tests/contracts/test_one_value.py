@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from sdtune.jobs.spec import plan_training
 from sdtune.methods.catalog import METHODS
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 
 AWKWARD = [
     "1",
@@ -68,11 +68,11 @@ VALUES["lr_warmup_steps"] = 13
 CASES = [(name, field) for name, method in METHODS.items() for field in method.model_fields]
 
 
-def required(method: type[TrainingFields]) -> dict[str, Any]:
+def required(method: type[CommonFields]) -> dict[str, Any]:
     return {name: VALUES[name] for name, info in method.model_fields.items() if info.is_required()}
 
 
-def as_options(settings: dict[str, Any], method: type[TrainingFields]) -> list[str]:
+def as_options(settings: dict[str, Any], method: type[CommonFields]) -> list[str]:
     """What a user types for ``settings``."""
     words: list[str] = []
     for name, value in settings.items():
@@ -84,7 +84,7 @@ def as_options(settings: dict[str, Any], method: type[TrainingFields]) -> list[s
     return words
 
 
-def parse_typed(method: type[TrainingFields], words: list[str]) -> TrainingFields:
+def parse_typed(method: type[CommonFields], words: list[str]) -> CommonFields:
     """What the command line makes of ``words``."""
     import inspect
 
@@ -92,7 +92,7 @@ def parse_typed(method: type[TrainingFields], words: list[str]) -> TrainingField
 
     from sdtune.cli.options import method_parameters, typed_settings
 
-    got: list[TrainingFields] = []
+    got: list[CommonFields] = []
 
     def command(**arguments: Any) -> None:
         got.append(method.from_settings(typed_settings(method, arguments)))

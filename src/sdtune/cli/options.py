@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from sdtune.errors import RecipeError
 from sdtune.methods.base import Method
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -39,7 +39,7 @@ def typed_settings(method: type[Method], arguments: dict[str, Any]) -> dict[str,
     return {name: arguments[name] for name in method.model_fields if arguments[name] not in (None, [])}
 
 
-def read_config(path: Path | None, method: type[TrainingFields]) -> dict[str, Any]:
+def read_config(path: Path | None, method: type[CommonFields]) -> dict[str, Any]:
     """The settings of a YAML recipe. RecipeError if it is not one, or one of another method."""
     if path is None:
         return {}

@@ -13,7 +13,7 @@ from sdtune.cli.options import method_parameters, read_config, typed_settings
 from sdtune.cli.output import open_console
 from sdtune.commands.train import plan_train, train
 from sdtune.methods.catalog import METHODS
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False)
 
@@ -24,7 +24,7 @@ def group() -> None:
 
 
 def run(
-    method: type[TrainingFields],
+    method: type[CommonFields],
     *,
     dataset: str | None,
     output: str | None,
@@ -69,7 +69,7 @@ JOB_OPTIONS = {
 DEFAULTS = {"backend": "local", "overwrite": False, "dry_run": False, "json": False}
 
 
-def command(method: type[TrainingFields]) -> Any:
+def command(method: type[CommonFields]) -> Any:
     """The command of one method: the job's options, then the method's settings."""
 
     def train_method(**arguments: Any) -> None:

@@ -13,7 +13,7 @@ from sdtune.errors import ERRORS, DatasetError, JobError, RecipeError, SdtuneErr
 from sdtune.jobs.backend import Backend, LogLine
 from sdtune.jobs.spec import JobSpec, plan_training
 from sdtune.methods.base_models import BaseModel, find_base_model
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Ledger
 
@@ -25,7 +25,7 @@ FINISHED_MARK = "recipe.yaml"
 class TrainingPlan:
     """A run that passed every check and can be started."""
 
-    method: TrainingFields
+    method: CommonFields
     base_model: BaseModel
     ledger: Ledger
     job: JobSpec
@@ -33,7 +33,7 @@ class TrainingPlan:
 
 
 def plan_train(
-    method: type[TrainingFields],
+    method: type[CommonFields],
     settings: Mapping[str, Any],
     dataset: str | None,
     output: str | None,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Ledger
 
 
 def validate(
-    method: type[TrainingFields],
+    method: type[CommonFields],
     dataset: str,
     *,
     resolution: int | None = None,

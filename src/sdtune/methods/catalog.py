@@ -6,12 +6,12 @@ import difflib
 
 from sdtune.errors import RecipeError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 
-METHODS: dict[str, type[TrainingFields]] = {method.name: method for method in (DreamBoothLora,)}
+METHODS: dict[str, type[CommonFields]] = {method.name: method for method in (DreamBoothLora,)}
 
 
-def find_method(name: str) -> type[TrainingFields]:
+def find_method(name: str) -> type[CommonFields]:
     """The method called ``name``. RecipeError names the nearest ones."""
     if name in METHODS:
         return METHODS[name]

@@ -11,8 +11,8 @@ from sdtune.methods.base import Method, Tunable
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
-class TrainingFields(Method):
-    """What every method that trains with diffusers needs to know."""
+class CommonFields(Method):
+    """What every method needs to know, whichever library does the work."""
 
     base_model: Annotated[
         str,
@@ -27,10 +27,6 @@ class TrainingFields(Method):
             description="Side of the training pictures in pixels. Not given: the base model's own.",
         ),
     ] = None
-    random_flip: Annotated[
-        bool, Field(description="Mirror pictures at random. Harms faces, text and everything with a left and right.")
-    ] = False
-
     max_train_steps: Annotated[int, Field(ge=1, description="Optimizer steps to train.")] = 400
     train_batch_size: Annotated[int, Field(ge=1, le=256, description="Pictures per step on each GPU.")] = 1
     gradient_accumulation_steps: Annotated[
@@ -48,6 +44,14 @@ class TrainingFields(Method):
     learning_rate: Annotated[
         float, Field(gt=0, lt=1, description="Peak learning rate of AdamW."), Tunable(1e-6, 1e-3, log=True)
     ] = 1e-4
+
+
+class TrainingFields(CommonFields):
+    """What every method that trains with diffusers needs to know."""
+
+    random_flip: Annotated[
+        bool, Field(description="Mirror pictures at random. Harms faces, text and everything with a left and right.")
+    ] = False
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
         Field(description="How the learning rate moves over the run."),

@@ -16,7 +16,7 @@ from pathlib import Path
 from sdtune import events
 from sdtune.errors import SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 
 INTERRUPTED = 130
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_training(method: TrainingFields, dataset: Path, output: Path) -> None:
+def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
     """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sdtune import __version__, events
 from sdtune.errors import TrainingError
-from sdtune.methods.fields import TrainingFields
+from sdtune.methods.fields import CommonFields
 from sdtune.training.components.files import publish
 
 LOGS = "logs"
@@ -40,7 +40,7 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(cls, method: TrainingFields, dataset: Path, output: Path) -> Iterator[Run]:
+    def open(cls, method: CommonFields, dataset: Path, output: Path) -> Iterator[Run]:
         """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced."""
         # Stopping a job must unwind it: temporary files go, event files are closed.
         signal.signal(signal.SIGTERM, _raise_interrupt)
@@ -98,14 +98,14 @@ class Run:
             picture.save(temporary, format="PNG")
         self.tell(events.Artifact(kind, str(self.output / name)))
 
-    def finish(self, method: TrainingFields, loss: float, change: float) -> None:
+    def finish(self, method: CommonFields, loss: float, change: float) -> None:
         """Write the recipe, which comes last (an output folder that has one holds a finished run), and say so."""
         self.tell(events.Artifact("tensorboard", str(self.output / LOGS)))
         self._save_recipe(method)
         seconds = round(time.time() - self.started, 1)
         self.tell(events.Finished(seconds=seconds, steps=method.max_train_steps, loss=loss, change=change))
 
-    def _save_recipe(self, method: TrainingFields) -> None:
+    def _save_recipe(self, method: CommonFields) -> None:
         used = {"method": method.name, **method.settings()}
         text = (
             f"# What sdtune {__version__} trained {self.output.name} with. Train the same again with\n"
