@@ -37,7 +37,7 @@ bench: $(VENV)/.dev ## Measure the command line and the dataset check; results g
 	$(BIN)/python benchmarks/check_speed.py
 
 snapshots: $(VENV)/.dev ## Renew the stored outputs that tests compare with
-	$(BIN)/python -m pytest tests --snapshots=renew -m snapshot
+	$(BIN)/python -m pytest tests/snapshots --snapshot-update
 
 lock: ## Renew constraints.txt from what pyproject.toml allows today
 	$(PYTHON) tools/lock.py
