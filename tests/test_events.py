@@ -12,6 +12,7 @@ EVERY_KIND = [
     events.Phase("load", "Loading"),
     events.Progress("cache", 1, 2),
     events.Step(3, 10, 0.5, 1e-4, 7.5, 12.0),
+    events.Measure("held_out_loss", 5, 0.125),
     events.Note("“look”\n", "warning"),
     events.Artifact("lora", "/out/x.safetensors"),
     events.Failed("training", "why"),

@@ -46,6 +46,16 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure that can be compared between steps and runs, such as ``held_out_loss`` after ``step`` steps."""
+
+    event: ClassVar[str] = "measure"
+    name: str
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something worth knowing. ``level``: ``info`` or ``warning``."""
 
@@ -83,8 +93,10 @@ class Finished:
     change: float
 
 
-Event = Phase | Progress | Step | Note | Artifact | Failed | Finished
-KINDS: dict[str, type[Event]] = {kind.event: kind for kind in (Phase, Progress, Step, Note, Artifact, Failed, Finished)}
+Event = Phase | Progress | Step | Measure | Note | Artifact | Failed | Finished
+KINDS: dict[str, type[Event]] = {
+    kind.event: kind for kind in (Phase, Progress, Step, Measure, Note, Artifact, Failed, Finished)
+}
 
 
 def to_dict(event: Event) -> dict[str, Any]:

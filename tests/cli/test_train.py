@@ -120,7 +120,7 @@ def test_an_unknown_option_and_an_unknown_method_are_refused(sdtune: Command, tm
     code, _, err = sdtune("train", "dreambooth-lora", "--lr", "1")
     assert (code, "No such option" in err) == (2, True)
     code, _, err = sdtune("train", "dreambooth-lra")
-    assert (code, "Did you mean 'dreambooth-lora'?" in err) == (2, True)
+    assert (code, "Did you mean" in err, "'dreambooth-lora'" in err) == (2, True, True)
 
 
 def test_validate_tells_every_file(sdtune: Command, pictures: Callable[..., Path]) -> None:

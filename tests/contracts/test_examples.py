@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from sdtune.cli.app import app
 from sdtune.cli.options import read_config
 from sdtune.methods.catalog import METHODS, find_method
-from sdtune.methods.ledger import Layout
 from sdtune.methods.layouts import check
+from sdtune.methods.ledger import Layout
 from tests.conftest import DATASETS, ROOT
 
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -58,11 +58,59 @@ VALUES: dict[str, Any] = {
     "lora_alpha": 4.0,
     "lora_dropout": 0.125,
     "target_modules": ("to_q", "proj_in"),
+    "network_dim": 24,
+    "network_alpha": 12.0,
+    "network_dropout": 0.25,
+    "conv_dim": 6,
+    "conv_alpha": 3.0,
+    "train_text_encoder": False,
+    "unet_lr": 2e-5,
+    "text_encoder_lr": 3e-6,
+    "optimizer_type": "Lion",
+    "optimizer_args": ("weight_decay=0.5", "betas=0.8,0.95"),
+    "lr_scheduler_num_cycles": 4,
+    "v_parameterization": True,
+    "zero_terminal_snr": True,
+    "min_snr_gamma": 4.5,
+    "clip_skip": 2,
+    "max_token_length": 150,
+    "shuffle_caption": True,
+    "keep_tokens": 2,
+    "caption_dropout_rate": 0.125,
+    "enable_bucket": False,
+    "min_bucket_reso": 128,
+    "max_bucket_reso": 1536,
+    "bucket_no_upscale": True,
+    "flip_aug": True,
+    "cache_latents": False,
+    "random_crop": True,
+    "save_precision": "float",
+    "class_data_dir": "my class",
+    "prior_loss_weight": 0.75,
     "random_flip": True,
     "gradient_checkpointing": True,
+    "optimizer": "lion",
+    "held_out_images": 3,
+    "held_out_every": 50,
+    "with_prior_preservation": True,
+    "class_prompt": "a photo of a cat",
+    "num_class_images": 12,
+    "use_ema": True,
+    "ema_decay": 0.99,
+    "proportion_empty_prompts": 0.1,
 }
-# Fields that only make sense beside another one.
-BESIDE = {"lr_warmup_steps": {"lr_scheduler": "linear"}}
+# What a field only makes sense beside, as far as the method has it.
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a cat", "class_data_dir": "my class"}
+BESIDE: dict[str, dict[str, Any]] = {
+    "lr_warmup_steps": {"lr_scheduler": "linear"},
+    "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
+    "conv_alpha": {"conv_dim": 6},
+    "keep_tokens": {"shuffle_caption": True},
+    "random_crop": {"cache_latents": False},
+    "text_encoder_lr": {"train_text_encoder": True},
+    "ema_decay": {"use_ema": True},
+    **dict.fromkeys([*PRIOR, "num_class_images", "prior_loss_weight"], PRIOR),
+}
 VALUES["lr_warmup_steps"] = 13
 
 CASES = [(name, field) for name, method in METHODS.items() for field in method.model_fields]
@@ -70,6 +118,18 @@ CASES = [(name, field) for name, method in METHODS.items() for field in method.m
 
 def required(method: type[CommonFields]) -> dict[str, Any]:
     return {name: VALUES[name] for name, info in method.model_fields.items() if info.is_required()}
+
+
+def value_of(method: type[CommonFields], field: str) -> Any:
+    """Not the default: of a switch, the other position."""
+    default = method.model_fields[field].default
+    return not default if isinstance(default, bool) else VALUES[field]
+
+
+def settings_for(method: type[CommonFields], field: str) -> dict[str, Any]:
+    """What a run needs so that ``field`` may be set."""
+    beside = {name: value for name, value in BESIDE.get(field, {}).items() if name in method.model_fields}
+    return {**required(method), **beside}
 
 
 def as_options(settings: dict[str, Any], method: type[CommonFields]) -> list[str]:
@@ -108,21 +168,22 @@ def parse_typed(method: type[CommonFields], words: list[str]) -> CommonFields:
 @pytest.mark.parametrize(("name", "field"), CASES)
 def test_a_typed_value_arrives_in_the_trainer(name: str, field: str) -> None:
     method = METHODS[name]
-    settings = {**required(method), **BESIDE.get(field, {}), field: VALUES[field]}
+    value = value_of(method, field)
+    settings = {**settings_for(method, field), field: value}
     typed = parse_typed(method, as_options(settings, method))
     job = plan_training(typed, "/data", "/out")
     arrived = method.from_args(job.args[4:])
-    assert getattr(arrived, field) == VALUES[field]
+    assert getattr(arrived, field) == value
     assert getattr(arrived, field) != method.model_fields[field].default
     assert arrived == typed
 
 
-@pytest.mark.parametrize(("name", "field"), [case for case in CASES if not isinstance(VALUES[case[1]], tuple)])
+@pytest.mark.parametrize(("name", "field"), [case for case in CASES if not isinstance(VALUES.get(case[1]), tuple)])
 def test_a_search_lays_its_value_over_the_recipe(name: str, field: str) -> None:
     method = METHODS[name]
-    sent = method.from_settings({**required(method), **BESIDE.get(field, {})})
-    arrived = method.from_args([*sent.to_args(), f"--{field}={VALUES[field]}"])
-    assert getattr(arrived, field) == VALUES[field]
+    sent = method.from_settings(settings_for(method, field))
+    arrived = method.from_args([*sent.to_args(), f"--{field}={value_of(method, field)}"])
+    assert getattr(arrived, field) == value_of(method, field)
 
 
 @pytest.mark.parametrize("prompt", AWKWARD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
@@ -15,14 +16,21 @@ from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.training.components.data import Batch
 from sdtune.training.components.loop import fit
-from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.lora_weights import Family
+from sdtune.training.components.models import Parts
+from sdtune.training.components.optim import Group, build_optimizer
 from sdtune.training.run import Run
 
 NO_BATCH = Batch(torch.zeros(1), torch.zeros(1))
+NO_MODEL = Parts([], [], None, torch.nn.Identity(), None, Family.SD1)
 
 
 def method(**settings: Any) -> DreamBoothLora:
     return DreamBoothLora.from_settings({"instance_prompt": "x", "mixed_precision": "no", **settings})
+
+
+def groups(weight: torch.nn.Parameter, the_method: DreamBoothLora) -> list[Group]:
+    return [{"params": [weight], "lr": the_method.learning_rate}]
 
 
 @pytest.fixture
@@ -32,8 +40,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def fitted(run: Run, the_method: DreamBoothLora, loss_of: Any, weight: torch.nn.Parameter, **more: Any) -> Any:
-    optimizer, schedule = build_optimizer([weight], the_method)
-    return fit(loss_of, [weight], optimizer, schedule, repeat(NO_BATCH), the_method, run, **more)
+    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
+    return fit(loss_of, NO_MODEL, optimizer, schedule, repeat(NO_BATCH), the_method, run, **more)
 
 
 def steps_told(capsys: pytest.CaptureFixture[str]) -> list[events.Step]:
@@ -54,7 +62,7 @@ def test_the_learning_rate_reaches_the_optimizer_and_follows_the_schedule() -> N
         learning_rate=5e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=4, adam_beta1=0.8, adam_beta2=0.9,
         adam_weight_decay=0.3, adam_epsilon=1e-6,
     )  # fmt: skip
-    optimizer, schedule = build_optimizer([weight], the_method)
+    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
     group = optimizer.param_groups[0]
     assert group["betas"] == (0.8, 0.9)
     assert (group["weight_decay"], group["eps"]) == (0.3, 1e-6)
@@ -86,9 +94,10 @@ def test_gradients_are_clipped(run: Run) -> None:
     """AdamW hides the size of a gradient, so look at it as the optimizer gets it."""
     weight = torch.nn.Parameter(torch.ones(4))
     norms = []
-    optimizer, schedule = build_optimizer([weight], the_method := method(max_train_steps=1, max_grad_norm=0.25))
+    the_method = method(max_train_steps=1, max_grad_norm=0.25)
+    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
     optimizer.register_step_pre_hook(lambda *_: norms.append(weight.grad.norm().item()))  # type: ignore[union-attr]
-    fit(lambda _: (1000 * weight).sum(), [weight], optimizer, schedule, repeat(NO_BATCH), the_method, run)
+    fit(lambda _: (1000 * weight).sum(), NO_MODEL, optimizer, schedule, repeat(NO_BATCH), the_method, run)
     assert norms == [pytest.approx(0.25, rel=1e-4)]
 
 
@@ -104,10 +113,25 @@ def test_reports_come_early_and_at_the_end(run: Run, capsys: pytest.CaptureFixtu
     weight = torch.nn.Parameter(torch.ones(1))
     seen: list[int] = []
     the_method = method(max_train_steps=50, train_batch_size=3)
-    fitted(run, the_method, lambda _: weight.square().sum(), weight, after_step=seen.append)
+    fitted(run, the_method, lambda _: weight.square().sum(), weight, after_step=[seen.append])
     told = steps_told(capsys)
     assert [step.step for step in told][:1] == [3]
     assert told[-1].step == told[-1].steps == 50
     assert told[-1].seconds_left == 0
     assert all(step.images_per_second > 0 for step in told)
     assert seen == list(range(1, 51))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "lion", "adamw8bit"])
+def test_every_optimizer_finds_a_minimum(run: Run, name: str) -> None:
+    weight = torch.nn.Parameter(torch.full((8, 8), 4.0))
+    rate = 1.0 if name == "prodigy" else 0.05
+    the_method = method(max_train_steps=300, learning_rate=rate, optimizer=name)
+    fitted(run, the_method, lambda _: (weight - 1).square().mean(), weight)
+    assert (weight - 1).abs().max().item() < 0.2
+
+
+def test_a_missing_optimizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lion_pytorch", None)
+    with pytest.raises(TrainingError, match=r"the library lion_pytorch is not installed.*sdtune\[optimizers\]"):
+        build_optimizer([], method(optimizer="lion"))

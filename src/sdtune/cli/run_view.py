@@ -16,6 +16,7 @@ from sdtune.jobs.backend import LogLine
 
 SECONDS_BETWEEN_LINES = 10.0
 MEANING = {
+    "model": "for diffusers: from_pretrained",
     "lora": "for diffusers",
     "kohya_lora": "for A1111, Forge, ComfyUI, SD.Next",
     "contact_sheet": "before and after, to look at",
@@ -36,6 +37,8 @@ def follow(out: RichConsole, stream: Iterable[events.Event | LogLine]) -> None:
                     out.print(Text(text, style="dim"))
                 case events.Note(text=text, level=level):
                     out.print(f"[yellow]warning:[/] {escape(text)}" if level == "warning" else escape(text))
+                case events.Measure(name=name, step=step, value=value):
+                    out.print(f"  {name.replace('_', ' ')} after step {step}: {value:.4f}")
                 case events.Artifact():
                     artifacts.append(item)
                 case events.Finished():

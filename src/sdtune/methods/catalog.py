@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 
 from sdtune.errors import RecipeError
-from sdtune.methods.dreambooth import DreamBoothLora
+from sdtune.methods.dreambooth import DreamBooth, DreamBoothLora
 from sdtune.methods.fields import CommonFields
+from sdtune.methods.text_to_image import TextToImage, TextToImageLora
 
-METHODS: dict[str, type[CommonFields]] = {method.name: method for method in (DreamBoothLora,)}
+METHODS: dict[str, type[CommonFields]] = {
+    method.name: method for method in (DreamBooth, DreamBoothLora, TextToImage, TextToImageLora)
+}
 
 
 def find_method(name: str) -> type[CommonFields]:

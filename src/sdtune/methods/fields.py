@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -42,8 +43,42 @@ class CommonFields(Method):
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Of everything random: the same seed, the same run.")] = 42
 
     learning_rate: Annotated[
-        float, Field(gt=0, lt=1, description="Peak learning rate of AdamW."), Tunable(1e-6, 1e-3, log=True)
+        float, Field(gt=0, le=1, description="Peak learning rate of the optimizer."), Tunable(1e-6, 1e-3, log=True)
     ] = 1e-4
+
+    sample_prompt: Annotated[
+        tuple[Prompt, ...],
+        Field(description="A prompt to draw before and after training; repeatable. Not given: the method's own."),
+    ] = ()
+    num_samples: Annotated[int, Field(ge=0, le=16, description="Pictures to draw per sample prompt; 0 draws none.")] = 4
+    sample_every: Annotated[int, Field(ge=0, description="Also draw the samples every so many steps; 0: do not.")] = 0
+    sample_steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps of a sample picture.")] = 25
+    guidance_scale: Annotated[float, Field(ge=1, le=50, description="Classifier-free guidance of the samples.")] = 7.5
+
+    @field_validator("sample_every")
+    @classmethod
+    def _samples_to_draw(cls, every: int, info: ValidationInfo) -> int:
+        if every and info.data.get("num_samples") == 0:
+            raise ValueError(f"found {every} with num_samples 0: there is nothing to draw; raise num_samples.")
+        return every
+
+    def resolved(self, *, resolution: int, mixed_precision: str, captions: Sequence[str] = ()) -> Self:
+        """The same settings with what only the run could know filled in.
+
+        resolution: the base model's, where none was given. captions: of the dataset; the first two are sampled where
+        no prompt was given.
+        """
+        return self.model_copy(
+            update={
+                "resolution": self.resolution or resolution,
+                "mixed_precision": mixed_precision,
+                "sample_prompt": self.sample_prompts() or tuple(dict.fromkeys(captions))[:2],
+            }
+        )
+
+    def sample_prompts(self) -> tuple[str, ...]:
+        """The prompts that samples are drawn from; a method without an own prompt has none unless told."""
+        return self.sample_prompt
 
 
 class TrainingFields(CommonFields):
@@ -52,6 +87,10 @@ class TrainingFields(CommonFields):
     random_flip: Annotated[
         bool, Field(description="Mirror pictures at random. Harms faces, text and everything with a left and right.")
     ] = False
+    optimizer: Annotated[
+        Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"],
+        Field(description="The optimizer. adamw8bit takes less memory; prodigy finds its own rate: learning rate 1."),
+    ] = "adamw"
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
         Field(description="How the learning rate moves over the run."),
@@ -67,18 +106,22 @@ class TrainingFields(CommonFields):
         float | None,
         Field(gt=0, description="Weight the loss by min-SNR with this gamma; 5.0 in the paper (arXiv:2303.09556)."),
     ] = None
+    clip_skip: Annotated[
+        int, Field(ge=0, le=8, description="Last layers of the text encoder to leave out; 1 is what web UIs call 2.")
+    ] = 0
+    max_token_length: Annotated[
+        int, Field(ge=75, le=225, multiple_of=75, description="Tokens of a caption that are read, in windows of 75.")
+    ] = 75
     noise_offset: Annotated[
         float, Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light.")
     ] = 0.0
 
-    sample_prompt: Annotated[
-        tuple[Prompt, ...],
-        Field(description="A prompt to draw before and after training; repeatable. Not given: the method's own."),
-    ] = ()
-    num_samples: Annotated[int, Field(ge=0, le=16, description="Pictures to draw per sample prompt; 0 draws none.")] = 4
-    sample_every: Annotated[int, Field(ge=0, description="Also draw the samples every so many steps; 0: do not.")] = 0
-    sample_steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps of a sample picture.")] = 25
-    guidance_scale: Annotated[float, Field(ge=1, le=50, description="Classifier-free guidance of the samples.")] = 7.5
+    held_out_images: Annotated[
+        int, Field(ge=0, description="Pictures kept out of training, to measure the held-out loss on; 0: on all.")
+    ] = 0
+    held_out_every: Annotated[
+        int, Field(ge=0, description="Measure the held-out loss every so many steps; 0: before and after training.")
+    ] = 0
 
     @field_validator("lr_warmup_steps")
     @classmethod
@@ -95,22 +138,6 @@ class TrainingFields(CommonFields):
             )
         return steps
 
-    @field_validator("sample_every")
-    @classmethod
-    def _samples_to_draw(cls, every: int, info: ValidationInfo) -> int:
-        if every and info.data.get("num_samples") == 0:
-            raise ValueError(f"found {every} with num_samples 0: there is nothing to draw; raise num_samples.")
-        return every
-
-    def resolved(self, *, resolution: int, mixed_precision: str) -> Self:
-        """The same settings with what only the run could know filled in."""
-        found = {"resolution": resolution, "mixed_precision": mixed_precision, "sample_prompt": self.sample_prompts()}
-        return self.model_copy(update=found)
-
-    def sample_prompts(self) -> tuple[str, ...]:
-        """The prompts that samples are drawn from; a method without an own prompt has none unless told."""
-        return self.sample_prompt
-
 
 class DreamBoothFields(Method):
     """Teach one subject, named by a rare word, from a few pictures (Ruiz et al. 2022, arXiv:2208.12242)."""
@@ -118,6 +145,76 @@ class DreamBoothFields(Method):
     instance_prompt: Annotated[
         Prompt, Field(description='What every picture shows, with a rare word for the subject: "a photo of sks cat".')
     ]
+    with_prior_preservation: Annotated[
+        bool, Field(description="Train on pictures of the subject's class too, so that the model goes on drawing it.")
+    ] = False
+    class_prompt: Annotated[
+        Prompt | None, Field(description='What the class pictures show, without the rare word: "a photo of a cat".')
+    ] = None
+    class_data_dir: Annotated[
+        str | None, Field(min_length=1, description="Folder of class pictures; what is missing is drawn by the model.")
+    ] = None
+    num_class_images: Annotated[int, Field(ge=1, description="Class pictures to train on.")] = 100
+    prior_loss_weight: Annotated[float, Field(gt=0, description="Weight of the class pictures in the loss.")] = 1.0
+
+    @field_validator("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
+    @classmethod
+    def _belongs_to_the_prior(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        wanted = info.data.get("with_prior_preservation", False)
+        if not wanted and value != cls.model_fields[name].default:
+            raise ValueError(
+                f"found {value!r}, which has no use without prior preservation; "
+                "add --with-prior-preservation or leave it out."
+            )
+        if wanted and name == "class_prompt" and value is None:
+            raise ValueError(
+                "missing; prior preservation needs --class-prompt, "
+                'the instance prompt without its rare word: "a photo of a cat".'
+            )
+        return value
+
+
+class CaptionFields(Method):
+    """Train on pictures that each have a caption of their own."""
+
+    proportion_empty_prompts: Annotated[
+        float, Field(ge=0, lt=1, description="Share of captions replaced by nothing; helps classifier-free guidance.")
+    ] = 0.0
+
+
+class FullFields(Method):
+    """Train all weights of the UNet."""
+
+    use_ema: Annotated[
+        bool, Field(description="Keep and save a moving average of the weights: smoother, for longer runs.")
+    ] = False
+    ema_decay: Annotated[float, Field(gt=0, lt=1, description="Decay of the moving average.")] = 0.9999
+
+    @field_validator("ema_decay")
+    @classmethod
+    def _belongs_to_ema(cls, decay: float, info: ValidationInfo) -> float:
+        if not info.data.get("use_ema", False) and decay != cls.model_fields["ema_decay"].default:
+            raise ValueError(f"found {decay}, which has no use without a moving average; add --use-ema.")
+        return decay
+
+
+class TextEncoderFields(Method):
+    """Train the text encoder beside the UNet."""
+
+    train_text_encoder: Annotated[bool, Field(description="Train the text encoder too.")] = False
+    text_encoder_lr: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Learning rate of the text encoder. Not given: learning_rate."),
+        Tunable(1e-6, 1e-3, log=True),
+    ] = None
+
+    @field_validator("text_encoder_lr")
+    @classmethod
+    def _belongs_to_the_text_encoder(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        if rate is not None and not info.data.get("train_text_encoder", False):
+            raise ValueError(f"found {rate}, but the text encoder is not trained; add --train-text-encoder.")
+        return rate
 
 
 class LoraFields(Method):

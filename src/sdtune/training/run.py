@@ -80,6 +80,8 @@ class Run:
             self.tensorboard.add_scalar("train/loss", event.loss, event.step)
             self.tensorboard.add_scalar("train/learning_rate", event.learning_rate, event.step)
             self.tensorboard.add_scalar("train/images_per_second", event.images_per_second, event.step)
+        elif isinstance(event, events.Measure):
+            self.tensorboard.add_scalar(event.name, event.value, event.step)
 
     def save_samples(self, step: int, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> None:
         """Write the pictures of each prompt, drawn after ``step`` steps, as PNG files and into TensorBoard."""

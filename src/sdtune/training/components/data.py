@@ -1,4 +1,4 @@
-"""From a checked dataset to batches: every picture through the VAE and every caption through the text encoder once.
+"""From pictures to batches: every picture goes through the VAE once.
 
 What the frozen VAE says of a picture is a normal distribution, so its mean and deviation are kept and each step
 draws its own latents from them: the same mathematics as encoding anew at every step, without the work.
@@ -6,19 +6,18 @@ draws its own latents from them: the same mathematics as encoding anew at every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps
 
 from sdtune import events
 from sdtune.methods.fields import TrainingFields
-from sdtune.methods.images import open_image
-from sdtune.methods.layouts import check
-from sdtune.training.components.models import Parts, count_tokens, encode_prompts
+from sdtune.training.components.dataset import Picture, open_square
+from sdtune.training.components.models import Parts
+from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
 VAE_BATCH = 8
@@ -26,83 +25,89 @@ VAE_BATCH = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """latents: scaled, [batch, 4, height / 8, width / 8]; encoder_hidden_states: [batch, 77, hidden size]."""
+    """What one step trains on.
+
+    latents: scaled, [batch, 4, height / 8, width / 8]; captions: int64 [batch], rows of the run's Captions.
+    prior: so many of the last rows are class pictures, whose loss keeps the model's prior.
+    """
 
     latents: torch.Tensor
-    encoder_hidden_states: torch.Tensor
+    captions: torch.Tensor
+    prior: int = 0
 
 
 @dataclass
 class CachedImages:
-    """The dataset as the VAE and the text encoder see it.
+    """Pictures as the VAE sees them.
 
-    mean, std: [images, variants, 4, height / 8, width / 8]; variant 1, if there is one, is the mirrored picture.
-    text: [distinct captions, 77, hidden size]; caption: int64 [images], each picture's row of ``text``.
-    repeats: how often one round over the dataset shows each picture; paths: the pictures themselves.
+    mean, std: [images, variants, 4, height / 8, width / 8], unscaled; variant 1, if there is one, is the mirrored
+    picture. captions: int64 [images], rows of the run's Captions.
     """
 
-    paths: list[Path]
-    captions: list[str]
+    pictures: Sequence[Picture]
     resolution: int
     mean: torch.Tensor
     std: torch.Tensor
-    text: torch.Tensor
-    caption: torch.Tensor
-    repeats: list[int]
+    captions: torch.Tensor
     scaling_factor: float
+    proportion_empty_prompts: float = 0.0
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Endless batches, every picture once in each round; a batch may reach into the next round, so all are full."""
         device = self.mean.device
-        for indices in _endless(self.repeats, size, generator):
+        for indices in _endless([picture.repeats for picture in self.pictures], size, generator):
             variant = torch.randint(self.mean.shape[1], (size,), generator=generator)
             mean, std = self.mean[indices, variant], self.std[indices, variant]
             noise = torch.randn(mean.shape, generator=generator).to(device, mean.dtype)
-            yield Batch(
-                latents=(mean + std * noise) * self.scaling_factor,
-                encoder_hidden_states=self.text[self.caption[indices]],
-            )
+            captions = self.captions[indices]
+            if self.proportion_empty_prompts:
+                dropped = torch.rand(size, generator=generator) < self.proportion_empty_prompts
+                captions = captions.masked_fill(dropped, 0)
+            yield Batch((mean + std * noise) * self.scaling_factor, captions)
 
 
-def cache_images(method: TrainingFields, run: Run, parts: Parts, prompt: str) -> CachedImages:
-    """Read the run's dataset and cache it on the device. ``prompt`` is the caption of pictures that have none."""
-    ledger = check(run.dataset, method.layout, decode=False)
-    ledger.raise_for_errors()
-    examples = ledger.examples
+def cache_images(
+    pictures: Sequence[Picture],
+    captions: Captions,
+    parts: Parts,
+    method: TrainingFields,
+    run: Run,
+    proportion_empty_prompts: float = 0.0,
+) -> CachedImages:
+    """The pictures through the VAE, on the run's device."""
     resolution = method.resolution or parts.resolution
-    captions = [example.caption or prompt for example in examples]
-    texts = sorted(set(captions))
-    _warn_of_long_captions(parts, texts, run)
-    run.tell(events.Phase("cache", f"Encoding {len(examples)} pictures at {resolution} px"))
+    run.tell(events.Phase("cache", f"Encoding {len(pictures)} pictures at {resolution} px"))
     means, stds = [], []
-    for start in range(0, len(examples), VAE_BATCH):
+    for start in range(0, len(pictures), VAE_BATCH):
         pixels = [
             variant
-            for example in examples[start : start + VAE_BATCH]
-            for variant in _variants(run.dataset / example.image, resolution, method.random_flip)
+            for picture in pictures[start : start + VAE_BATCH]
+            for variant in _variants(picture.path, resolution, method.random_flip)
         ]
         mean, std = _encode(parts, torch.stack(pixels))
         means.append(mean)
         stds.append(std)
-        run.tell(events.Progress("cache", min(start + VAE_BATCH, len(examples)), len(examples)))
+        run.tell(events.Progress("cache", min(start + VAE_BATCH, len(pictures)), len(pictures)))
     variants = 2 if method.random_flip else 1
     return CachedImages(
-        paths=[run.dataset / example.image for example in examples],
-        captions=captions,
+        pictures=pictures,
         resolution=resolution,
-        mean=torch.cat(means).reshape(len(examples), variants, *means[0].shape[1:]),
-        std=torch.cat(stds).reshape(len(examples), variants, *stds[0].shape[1:]),
-        text=torch.cat([encode_prompts(parts, [text]) for text in texts]),
-        caption=torch.tensor([texts.index(caption) for caption in captions]),
-        repeats=[example.repeats for example in examples],
+        mean=torch.cat(means).reshape(len(pictures), variants, *means[0].shape[1:]),
+        std=torch.cat(stds).reshape(len(pictures), variants, *stds[0].shape[1:]),
+        captions=torch.tensor([captions.row(picture.caption) for picture in pictures]),
         scaling_factor=float(parts.vae.config.scaling_factor),
+        proportion_empty_prompts=proportion_empty_prompts,
     )
 
 
-def open_square(path: Path, side: int) -> Image.Image:
-    """The picture's centre square, RGB, upright, ``side`` pixels wide."""
-    with path.open("rb") as file:
-        return ImageOps.fit(open_image(file), (side, side), Image.Resampling.LANCZOS)
+def with_prior(instances: Iterator[Batch], classes: Iterator[Batch]) -> Iterator[Batch]:
+    """Each batch of the subject followed by one of its class, to go through the UNet together."""
+    for instance, prior in zip(instances, classes, strict=False):
+        yield Batch(
+            torch.cat([instance.latents, prior.latents]),
+            torch.cat([instance.captions, prior.captions]),
+            prior=len(prior.latents),
+        )
 
 
 def _variants(path: Path, resolution: int, flip: bool) -> list[torch.Tensor]:
@@ -127,16 +132,3 @@ def _endless(repeats: list[int], size: int, generator: torch.Generator) -> Itera
             waiting = torch.cat([waiting, one_round[torch.randperm(len(one_round), generator=generator)]])
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def _warn_of_long_captions(parts: Parts, texts: list[str], run: Run) -> None:
-    limit = parts.tokenizer.model_max_length
-    for text in texts:
-        tokens = count_tokens(parts, text)
-        if tokens > limit:
-            run.tell(
-                events.Note(
-                    f"a prompt has {tokens} tokens; the text encoder reads the first {limit}: {text[:60]!r} ...",
-                    level="warning",
-                )
-            )

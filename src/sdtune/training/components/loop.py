@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.data import Batch
+from sdtune.training.components.models import Parts
+from sdtune.training.components.optim import parameters_of
 from sdtune.training.run import Run
 
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -30,20 +32,23 @@ class Fitted:
 
 def fit(
     loss_of: Callable[[Batch], torch.Tensor],
-    parameters: list[torch.nn.Parameter],
+    parts: Parts,
     optimizer: torch.optim.Optimizer,
     schedule: Any,
     batches: Iterator[Batch],
     method: TrainingFields,
     run: Run,
-    after_step: Callable[[int], None] = lambda step: None,
+    after_step: Sequence[Callable[[int], None]] = (),
 ) -> Fitted:
-    """Train ``parameters`` for ``max_train_steps`` optimizer steps.
+    """Train for ``max_train_steps`` optimizer steps; ``after_step`` is called with the number of each.
 
     Losses stay on the device until a report is due: reading one makes the host wait for the GPU.
     Raises TrainingError as soon as a report finds a loss that is not finite.
     """
     run.tell(events.Phase("train", f"Training {method.max_train_steps} steps"))
+    # Dropout and gradient checkpointing are at work in this mode alone.
+    for module in (parts.unet, *parts.text_encoders):
+        module.train()
     optimizer, schedule = run.accelerator.prepare(optimizer, schedule)
     pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps
     last_tenth = max(1, method.max_train_steps // 10)
@@ -57,7 +62,7 @@ def fit(
                 loss = loss_of(next(batches)) / method.gradient_accumulation_steps
             run.accelerator.backward(loss)
             step_loss += loss.detach()
-        run.accelerator.clip_grad_norm_(parameters, method.max_grad_norm)
+        run.accelerator.clip_grad_norm_(parameters_of(optimizer.param_groups), method.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -81,7 +86,8 @@ def fit(
                 )
             )
             reported, last_report = step, now
-        after_step(step)
+        for call in after_step:
+            call(step)
     return Fitted(
         loss=finite_mean(losses[-last_tenth:], method.max_train_steps - last_tenth + 1, method.max_train_steps),
         seconds=time.perf_counter() - started,

@@ -1,8 +1,9 @@
-"""LoRA on a UNet: attach it, and write it so that it loads everywhere."""
+"""LoRA on a model: attach it, and write it so that it loads everywhere."""
 
 from __future__ import annotations
 
 import time
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -11,51 +12,80 @@ from peft import LoraConfig
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.methods.fields import LoraFields
+from sdtune.methods.fields import TextEncoderFields
+from sdtune.methods.text_to_image import TextToImageLora
 from sdtune.training.components.data import CachedImages
 from sdtune.training.components.export import kohya_metadata, write_diffusers_lora, write_kohya_lora
 from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.lora_weights import collect_lora, lora_change
 from sdtune.training.components.models import Parts
+from sdtune.training.components.optim import Group
 from sdtune.training.run import Run
+
+LoraMethod: TypeAlias = DreamBoothLora | TextToImageLora
 
 SMALLEST_CHANGE = 6e-8
 """Of a weight, in float16, the type of files for drawing: what is smaller is zero there."""
+TEXT_ENCODER_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def attach_lora(parts: Parts, method: LoraFields) -> list[torch.nn.Parameter]:
-    """Put a LoRA on the UNet's target modules; its parameters, in float32.
+def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
+    """Put a LoRA on the UNet's target modules, and on the text encoders' attention if they are trained.
 
-    The up matrices start at zero, so the model draws as before until the first step.
+    Its parameters are float32. The up matrices start at zero, so the model draws as before until the first step.
     """
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.lora_dropout,
-        init_lora_weights="gaussian",
-        target_modules=list(method.target_modules),
-    )
+    options: dict[str, Any] = {
+        "r": method.rank,
+        "lora_alpha": method.alpha,
+        "lora_dropout": method.lora_dropout,
+        "init_lora_weights": "gaussian",
+    }
     try:
-        parts.unet.add_adapter(config)
+        parts.unet.add_adapter(LoraConfig(**options, target_modules=list(method.target_modules)))
     except ValueError as error:
         raise TrainingError(
             f"target_modules: {', '.join(method.target_modules)} match no layer of the UNet that can have a LoRA; "
             f"to_q, to_k, to_v and to_out.0 are its attention. PEFT said: {error}"
         ) from None
+    groups = [_group(parts.unet, method.learning_rate)]
+    if isinstance(method, TextEncoderFields) and method.train_text_encoder:
+        for encoder in parts.text_encoders:
+            encoder.add_adapter(LoraConfig(**options, target_modules=list(TEXT_ENCODER_MODULES)))
+            groups.append(_group(encoder, method.text_encoder_lr or method.learning_rate))
+    return groups
+
+
+def _group(model: Any, learning_rate: float) -> Group:
     # Adapters are created in the type of the layer they sit on; updates smaller than bfloat16 resolves would be lost.
-    cast_training_params(parts.unet, dtype=torch.float32)
-    return [parameter for parameter in parts.unet.parameters() if parameter.requires_grad]
+    cast_training_params(model, dtype=torch.float32)
+    return {"params": [one for one in model.parameters() if one.requires_grad], "lr": learning_rate}
 
 
-def save_lora(parts: Parts, method: DreamBoothLora, run: Run, images: CachedImages) -> float:
+def save_lora(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) -> float:
     """Write the LoRA in both forms; the largest entry of its weight deltas, as read back from the file.
 
     TrainingError if the file would change nothing: a run that learned nothing has not succeeded.
     """
     run.tell(events.Phase("save", "Saving the LoRA"))
-    weights = collect_lora(parts.unet)
+    trained = [encoder for encoder in parts.text_encoders if getattr(encoder, "peft_config", None)]
+    weights = collect_lora(parts.unet, *trained)
+    if lora_change(weights) < SMALLEST_CHANGE:
+        raise TrainingError(
+            "the LoRA is zero: nothing was learned, so nothing was saved. "
+            f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
+        )
+    lora = write_diffusers_lora(weights, run.output)
+    kohya_lora = run.output / f"{run.output.name}.safetensors"
+    write_kohya_lora(weights, kohya_lora, parts.family, _metadata(parts, method, run, images))
+    run.tell(events.Artifact("lora", str(lora)))
+    run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
+    return lora_change(read_lora(lora))
+
+
+def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) -> dict[str, str]:
+    shown = sum(picture.repeats for picture in images.pictures)
     pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps
-    metadata = kohya_metadata(
+    return kohya_metadata(
         family=parts.family,
         v_prediction=parts.v_prediction,
         title=run.output.name,
@@ -64,35 +94,26 @@ def save_lora(parts: Parts, method: DreamBoothLora, run: Run, images: CachedImag
         alpha=method.alpha,
         resolution=images.resolution,
         steps=method.max_train_steps,
-        epochs=max(1, method.max_train_steps * pictures_per_step // sum(images.repeats)),
+        epochs=max(1, method.max_train_steps * pictures_per_step // shown),
         learning_rate=method.learning_rate,
-        optimizer="AdamW",
+        optimizer=method.optimizer,
         batch_size=method.train_batch_size,
-        num_train_images=sum(images.repeats),
+        num_train_images=shown,
         started_at=run.started,
         finished_at=time.time(),
         seed=method.seed,
-        captions=images.captions,
-        trigger_words=[method.instance_prompt],
+        captions=[picture.caption for picture in images.pictures],
+        trigger_words=[method.instance_prompt] if isinstance(method, DreamBoothLora) else [],
         more={
+            "clip_skip": method.clip_skip + 1 if method.clip_skip else None,
             "gradient_accumulation_steps": method.gradient_accumulation_steps,
             "lr_scheduler": method.lr_scheduler,
             "lr_warmup_steps": method.lr_warmup_steps,
             "max_grad_norm": method.max_grad_norm,
+            "max_token_length": method.max_token_length,
             "min_snr_gamma": method.snr_gamma,
             "mixed_precision": run.mixed_precision,
             "network_dropout": method.lora_dropout,
             "noise_offset": method.noise_offset,
         },
     )
-    change = lora_change(weights)
-    if change < SMALLEST_CHANGE:
-        raise TrainingError(
-            "the LoRA is zero: nothing was learned, so nothing was saved. "
-            f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
-        )
-    lora = write_diffusers_lora(weights, run.output)
-    kohya_lora = write_kohya_lora(weights, run.output / f"{run.output.name}.safetensors", parts.family, metadata)
-    run.tell(events.Artifact("lora", str(lora)))
-    run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
-    return lora_change(read_lora(lora))

@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.data import Batch
 from sdtune.training.components.models import Parts
+from sdtune.training.components.text import Captions
 
 
-def diffusion_loss(parts: Parts, batch: Batch, method: TrainingFields, generator: torch.Generator) -> torch.Tensor:
+def diffusion_loss(
+    parts: Parts, batch: Batch, captions: Captions, method: TrainingFields, generator: torch.Generator
+) -> torch.Tensor:
     """Mean squared error of the UNet's prediction on freshly noised latents, a scalar.
 
-    Noise and timesteps come from ``generator`` on the CPU, so that a run draws the same on every device.
+    Where the batch ends with class pictures, their mean error is added, times ``prior_loss_weight``. Noise and
+    timesteps come from ``generator`` on the CPU, so that a run draws the same on every device.
     """
     latents = batch.latents
-    size = latents.shape[0]
     noise = torch.randn(latents.shape, generator=generator)
     if method.noise_offset:
         # https://www.crosslabs.org/blog/diffusion-with-offset-noise
         noise += method.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    noise = noise.to(latents.device, latents.dtype)
-    steps = parts.noise_scheduler.config.num_train_timesteps
-    timesteps = torch.randint(steps, (size,), generator=generator).to(latents.device)
-    noisy_latents = parts.noise_scheduler.add_noise(latents, noise, timesteps)
-    noise_pred = parts.unet(noisy_latents, timesteps, batch.encoder_hidden_states, return_dict=False)[0]
-    error = functional.mse_loss(noise_pred.float(), target(parts, latents, noise, timesteps).float(), reduction="none")
-    error = error.mean(dim=(1, 2, 3))
+    timesteps = torch.randint(
+        parts.noise_scheduler.config.num_train_timesteps, (latents.shape[0],), generator=generator
+    )
+    error = errors(parts, latents, batch.captions, captions, noise, timesteps)
     if method.snr_gamma is not None:
-        error = error * snr_weights(parts, timesteps, method.snr_gamma)
-    return error.mean()
+        error = error * snr_weights(parts, timesteps.to(error.device), method.snr_gamma)
+    if not batch.prior:
+        return error.mean()
+    prior_loss_weight: float = getattr(method, "prior_loss_weight", 1.0)
+    return error[: -batch.prior].mean() + prior_loss_weight * error[-batch.prior :].mean()
+
+
+def errors(
+    parts: Parts,
+    latents: torch.Tensor,
+    rows: torch.Tensor,
+    captions: Captions,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+) -> torch.Tensor:
+    """The mean squared error of each picture's prediction, float32 [batch].
+
+    latents, noise: [batch, 4, height, width]; timesteps, rows (of captions): int64 [batch].
+    """
+    noise, timesteps = noise.to(latents.device, latents.dtype), timesteps.to(latents.device)
+    noisy_latents = parts.noise_scheduler.add_noise(latents, noise, timesteps)
+    conditioning = captions.encode(rows)
+    noise_pred = parts.unet(
+        noisy_latents.to(parts.unet.dtype),
+        timesteps,
+        conditioning.encoder_hidden_states,
+        added_cond_kwargs=added_conditions(parts, conditioning.pooled, latents),
+        return_dict=False,
+    )[0]
+    wanted = target(parts, latents, noise, timesteps)
+    return functional.mse_loss(noise_pred.float(), wanted.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+def added_conditions(parts: Parts, pooled: torch.Tensor | None, latents: torch.Tensor) -> dict[str, Any] | None:
+    """SDXL is told of each picture's size and crop: here that it was whole and of the size it is trained at."""
+    if pooled is None:
+        return None
+    height, width = (side * parts.vae_scale for side in latents.shape[-2:])
+    size = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=pooled.dtype)
+    return {"text_embeds": pooled, "time_ids": size.expand(len(pooled), 6)}
 
 
 def target(parts: Parts, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.run import Run
 
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
 
 @dataclass
 class Parts:
-    """The model in its parts, all on the run's device; frozen unless a trainer thaws a part.
+    """The model in its parts, all on the run's device; frozen but for what a trainer trains.
 
-    unet, vae and text_encoder compute in the run's weight type.
+    tokenizers, text_encoders: one of each, two for SDXL. Frozen parts compute in the run's weight type, trained ones
+    are float32; SDXL's VAE is float32 always, because half precision overflows in it.
     """
 
-    tokenizer: Any
-    text_encoder: Any
+    tokenizers: list[Any]
+    text_encoders: list[Any]
     vae: Any
     unet: Any
     noise_scheduler: Any
+    family: Family
 
     @property
     def resolution(self) -> int:
         """Side in pixels of the pictures the model was made for."""
         return int(self.unet.config.sample_size * self.vae_scale)
-
-    @property
-    def family(self) -> Family:
-        """SD 2.x reads OpenCLIP's text encoder, 1024 wide; 1.x reads CLIP's."""
-        return Family.SD2 if self.unet.config.cross_attention_dim == 1024 else Family.SD1
 
     @property
     def v_prediction(self) -> bool:
@@ -48,9 +48,17 @@ class Parts:
         """Pixels per latent: 8 for Stable Diffusion."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
+    @property
+    def modules(self) -> list[Any]:
+        """Everything with weights."""
+        return [*self.text_encoders, self.vae, self.unet]
 
-def load_parts(method: TrainingFields, run: Run) -> Parts:
-    """Load the base model. TrainingError says what is missing or of which family sdtune has no trainer."""
+
+def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) -> Parts:
+    """Load the base model. TrainingError says what is missing or of which family sdtune has no trainer.
+
+    trained: ``unet``, ``text_encoder`` where all of its weights are to be trained, which must be float32 then.
+    """
     base = method.base_model
     try:
         config = DiffusionPipeline.load_config(base)
@@ -59,44 +67,42 @@ def load_parts(method: TrainingFields, run: Run) -> Parts:
             f"base_model: {base} cannot be loaded ({error}). Check the name; a gated model needs a Hugging Face token, "
             "and a machine without the network a diffusers folder."
         ) from None
-    if config.get("_class_name") != "StableDiffusionPipeline":
+    pipeline = config.get("_class_name")
+    if pipeline not in PIPELINES:
         raise TrainingError(
-            f"base_model: {base} is a {config.get('_class_name')}; "
-            f"{method.name} trains Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)."
+            f"base_model: {base} is a {pipeline}; {method.name} trains Stable Diffusion 1.x, 2.x and XL "
+            f"({' or '.join(PIPELINES)})."
         )
+    xl = pipeline == "StableDiffusionXLPipeline"
+
+    def dtype(part: str) -> torch.dtype:
+        return torch.float32 if part in trained or (xl and part == "vae") else run.weight_dtype
+
+    text_dtype = dtype("text_encoder")
     try:
-        parts = Parts(
-            tokenizer=CLIPTokenizer.from_pretrained(base, subfolder="tokenizer"),
-            text_encoder=CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=run.weight_dtype),
-            vae=AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=run.weight_dtype),
-            unet=UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=run.weight_dtype),
-            noise_scheduler=DDPMScheduler.from_pretrained(base, subfolder="scheduler"),
-        )
+        tokenizers = [CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")]
+        text_encoders = [CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)]
+        if xl:
+            second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
+            tokenizers.append(CLIPTokenizer.from_pretrained(base, subfolder="tokenizer_2"))
+            text_encoders.append(second)
+        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=dtype("vae"))
+        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=dtype("unet"))
+        noise_scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     except (OSError, ValueError) as error:
         raise TrainingError(f"base_model: {base} is not whole: {error}") from None
-    for part in (parts.text_encoder, parts.vae, parts.unet):
-        part.requires_grad_(False)
-        part.eval()
-        part.to(run.device)
+    parts = Parts(tokenizers, text_encoders, vae, unet, noise_scheduler, _family(xl, unet))
+    for module in parts.modules:
+        module.requires_grad_(False)
+        module.eval()
+        module.to(run.device)
     if method.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
     return parts
 
 
-@torch.no_grad()
-def encode_prompts(parts: Parts, prompts: list[str]) -> torch.Tensor:
-    """The text encoder's last hidden states, [len(prompts), 77, hidden size]; longer prompts are cut at 77 tokens."""
-    tokens = parts.tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=parts.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    states: torch.Tensor = parts.text_encoder(tokens.input_ids.to(parts.text_encoder.device), return_dict=False)[0]
-    return states
-
-
-def count_tokens(parts: Parts, prompt: str) -> int:
-    """Tokens of ``prompt``, its start and end included."""
-    return len(parts.tokenizer(prompt).input_ids)
+def _family(xl: bool, unet: Any) -> Family:
+    """SD 2.x reads OpenCLIP's text encoder, 1024 wide; 1.x reads CLIP's."""
+    if xl:
+        return Family.SDXL
+    return Family.SD2 if unet.config.cross_attention_dim == 1024 else Family.SD1

@@ -2,30 +2,86 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from transformers.optimization import Adafactor
 
+from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
 
+Group = dict[str, Any]
+"""Parameters that share a learning rate, as torch's optimizers take them: ``params`` and ``lr``."""
 
-def build_optimizer(
-    parameters: list[torch.nn.Parameter], method: TrainingFields
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over ``parameters`` and the schedule of its learning rate, one tick per optimizer step."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=method.learning_rate,
-        betas=(method.adam_beta1, method.adam_beta2),
-        weight_decay=method.adam_weight_decay,
-        eps=method.adam_epsilon,
-        fused=parameters[0].is_cuda,
-    )
-    schedule: Any = get_scheduler(
+
+def build_optimizer(groups: list[Group], method: TrainingFields) -> tuple[torch.optim.Optimizer, Any]:
+    """The method's optimizer over ``groups`` and the schedule of its learning rate, one tick per optimizer step."""
+    optimizer = OPTIMIZERS[method.optimizer](groups, method)
+    schedule = get_scheduler(
         method.lr_scheduler,
         optimizer,
         num_warmup_steps=method.lr_warmup_steps,
         num_training_steps=method.max_train_steps,
     )
     return optimizer, schedule
+
+
+def parameters_of(groups: list[Group]) -> list[torch.nn.Parameter]:
+    """All parameters of the groups."""
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _adam_options(method: TrainingFields) -> dict[str, Any]:
+    return {
+        "betas": (method.adam_beta1, method.adam_beta2),
+        "weight_decay": method.adam_weight_decay,
+        "eps": method.adam_epsilon,
+    }
+
+
+def _adamw(groups: list[Group], method: TrainingFields) -> Any:
+    return torch.optim.AdamW(groups, fused=parameters_of(groups)[0].is_cuda, **_adam_options(method))
+
+
+def _adamw8bit(groups: list[Group], method: TrainingFields) -> Any:
+    """Dettmers et al. 2021, arXiv:2110.02861."""
+    return _library("bitsandbytes").optim.AdamW8bit(groups, **_adam_options(method))
+
+
+def _prodigy(groups: list[Group], method: TrainingFields) -> Any:
+    """Mishchenko & Defazio 2023, arXiv:2306.06101; the learning rate multiplies the one it finds."""
+    safeguard = method.lr_warmup_steps > 0
+    return _library("prodigyopt").Prodigy(groups, decouple=True, safeguard_warmup=safeguard, **_adam_options(method))
+
+
+def _adafactor(groups: list[Group], method: TrainingFields) -> Any:
+    """Shazeer & Stern 2018, arXiv:1804.04235, at the given rate instead of its own schedule."""
+    return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=method.adam_weight_decay)
+
+
+def _lion(groups: list[Group], method: TrainingFields) -> Any:
+    """Chen et al. 2023, arXiv:2302.06675."""
+    betas = (method.adam_beta1, method.adam_beta2)
+    return _library("lion_pytorch").Lion(groups, betas=betas, weight_decay=method.adam_weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[list[Group], TrainingFields], Any]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "prodigy": _prodigy,
+    "adafactor": _adafactor,
+    "lion": _lion,
+}
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise TrainingError(
+            f"optimizer: the library {name} is not installed here ({error}); "
+            "install it with pip install 'sdtune[optimizers]', or use --optimizer adamw."
+        ) from None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from sdtune import events
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.contact_sheet import contact_sheet
-from sdtune.training.components.data import CachedImages, open_square
+from sdtune.training.components.data import CachedImages
+from sdtune.training.components.dataset import open_square
 from sdtune.training.components.models import Parts
+from sdtune.training.components.text import encode
 from sdtune.training.run import Run
 
 
@@ -32,7 +35,16 @@ class Samples:
         count = len(self.prompts) * self.method.num_samples
         when = "before training" if step == 0 else f"after step {step}"
         self.run.tell(events.Phase("sample", f"Drawing {count} pictures {when}"))
-        self.drawn[step] = draw(self.parts, self.prompts, self.method, self.run)
+        total = len(self.prompts) * self.method.sample_steps
+        done = 0
+
+        def report() -> None:
+            nonlocal done
+            done += 1
+            self.run.tell(events.Progress("sample", done, total))
+
+        seeds = [self.method.seed + i for i in range(self.method.num_samples)]
+        self.drawn[step] = [draw(self.parts, prompt, seeds, self.method, self.run, report) for prompt in self.prompts]
         self.run.save_samples(step, self.prompts, self.drawn[step])
 
     def draw_if_due(self, step: int) -> None:
@@ -42,14 +54,14 @@ class Samples:
             self.draw(step)
 
     def save_contact_sheet(self, images: CachedImages) -> None:
-        """Write the training pictures and the first and last samples as one picture."""
+        """Write the training pictures and all samples as one picture."""
         if not self.prompts:
             return
         steps = sorted(self.drawn)
         labels = {steps[0]: "before", steps[-1]: "after"}
         sheet = contact_sheet(
             f"{self.run.output.name}: {self.method.name}, {steps[-1]} steps",
-            [open_square(path, images.resolution) for path in images.paths],
+            [open_square(picture.path, images.resolution) for picture in images.pictures],
             [
                 (f"“{prompt}”", [(labels.get(step, f"step {step}"), self.drawn[step][number]) for step in steps])
                 for number, prompt in enumerate(self.prompts)
@@ -59,44 +71,66 @@ class Samples:
 
 
 @torch.no_grad()
-def draw(parts: Parts, prompts: Sequence[str], method: TrainingFields, run: Run) -> list[list[Image.Image]]:
-    """``num_samples`` pictures of each prompt. Picture i of a prompt starts from the same noise at every call."""
-    pipeline = StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    side = method.resolution or parts.resolution
-    total = len(prompts) * method.sample_steps
-    done = 0
+def draw(
+    parts: Parts,
+    prompt: str,
+    seeds: Sequence[int],
+    method: TrainingFields,
+    run: Run,
+    report: Callable[[], None] = lambda: None,
+) -> list[Image.Image]:
+    """One picture of ``prompt`` per seed, in one batch. The same seed is the same noise at every call.
 
-    def report(pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal done
-        done += 1
-        run.tell(events.Progress("sample", done, total))
+    report: called after each denoising step.
+    """
+    side = method.resolution or parts.resolution
+
+    def after_step(pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        report()
         return tensors
 
-    training = parts.unet.training
-    parts.unet.eval()
-    rows = []
-    for prompt in prompts:
-        with run.accelerator.autocast():
-            drawn = pipeline(
-                [prompt] * method.num_samples,
-                height=side,
-                width=side,
-                num_inference_steps=method.sample_steps,
-                guidance_scale=method.guidance_scale,
-                # Noise from the CPU: the same picture on every device.
-                generator=[torch.Generator().manual_seed(method.seed + i) for i in range(method.num_samples)],
-                callback_on_step_end=report,
-            )
-        rows.append(drawn.images)
-    parts.unet.train(training)
-    return rows
+    with _drawing(parts), run.accelerator.autocast():
+        wanted, unwanted = encode(parts, method, [prompt]), encode(parts, method, [""])
+        embeddings = {
+            name: tensor.expand(len(seeds), *tensor.shape[1:])
+            for conditioning, prefix in ((wanted, ""), (unwanted, "negative_"))
+            for name, tensor in ((prefix + key, value) for key, value in conditioning.pipeline_arguments.items())
+        }
+        drawn = _pipeline(parts)(
+            **embeddings,
+            height=side,
+            width=side,
+            num_inference_steps=method.sample_steps,
+            guidance_scale=method.guidance_scale,
+            # Noise from the CPU: the same picture on every device.
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=after_step,
+        )
+    pictures: list[Image.Image] = drawn.images
+    return pictures
+
+
+@contextmanager
+def _drawing(parts: Parts) -> Iterator[None]:
+    """The parts as they draw, without dropout; afterwards as they were."""
+    training = [module.training for module in parts.modules]
+    for module in parts.modules:
+        module.eval()
+    yield
+    for module, was in zip(parts.modules, training, strict=True):
+        module.train(was)
+
+
+def _pipeline(parts: Parts) -> Any:
+    scheduler = DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config)
+    common = {"vae": parts.vae, "unet": parts.unet, "scheduler": scheduler}
+    for number, (tokenizer, encoder) in enumerate(zip(parts.tokenizers, parts.text_encoders, strict=True)):
+        suffix = "_2" if number else ""
+        common |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
+    if len(parts.text_encoders) == 2:
+        pipeline = StableDiffusionXLPipeline(**common)
+    else:
+        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**common, **checker)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.training.components.data import cache_images
+from sdtune.training.components.data import cache_images, with_prior
+from sdtune.training.components.dataset import read_dataset
+from sdtune.training.components.held_out import HeldOutLoss
 from sdtune.training.components.loop import fit
 from sdtune.training.components.lora import attach_lora, save_lora
 from sdtune.training.components.loss import diffusion_loss
 from sdtune.training.components.models import load_parts
 from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.prior import class_pictures
 from sdtune.training.components.sampling import Samples
+from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
 
@@ -19,21 +23,29 @@ def train(method: DreamBoothLora, run: Run) -> None:
     """Train the adapter and leave it in ``run.output``, in both forms, with samples and the recipe."""
     torch.manual_seed(method.seed)
     parts = load_parts(method, run)
-    method = method.resolved(resolution=method.resolution or parts.resolution, mixed_precision=run.mixed_precision)
-    images = cache_images(method, run, parts, prompt=method.instance_prompt)
+    pictures, apart = read_dataset(method, run, method.instance_prompt)
+    method = method.resolved(resolution=parts.resolution, mixed_precision=run.mixed_precision)
+    classes = class_pictures(method, parts, run)
 
-    adapters = attach_lora(parts, method)
-    optimizer, schedule = build_optimizer(adapters, method)
+    captions = Captions(parts, method, [*pictures, *apart, *classes], run, trained=method.train_text_encoder)
+    images = cache_images(pictures, captions, parts, method, run)
     batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
-    noise = torch.Generator().manual_seed(method.seed + 1)
+    if classes:
+        priors = cache_images(classes, captions, parts, method, run)
+        order = torch.Generator().manual_seed(method.seed)
+        batches = with_prior(batches, priors.batches(method.train_batch_size, order))
+    measured = cache_images(apart, captions, parts, method, run) if apart else images
+    held_out = HeldOutLoss(parts, measured, captions, method, run)
 
+    optimizer, schedule = build_optimizer(attach_lora(parts, method), method)
+    noise = torch.Generator().manual_seed(method.seed + 1)
     samples = Samples(parts, method, run)
     samples.draw(step=0)
-    parts.unet.train()
+    held_out.measure(step=0)
     fitted = fit(
-        lambda batch: diffusion_loss(parts, batch, method, noise),
-        adapters, optimizer, schedule, batches, method, run,
-        after_step=samples.draw_if_due,
+        lambda batch: diffusion_loss(parts, batch, captions, method, noise),
+        parts, optimizer, schedule, batches, method, run,
+        after_step=[samples.draw_if_due, held_out.measure_if_due],
     )  # fmt: skip
     change = save_lora(parts, method, run, images)
     samples.draw(step=method.max_train_steps)

@@ -1,0 +1,52 @@
+"""The pictures of a run, as the dataset's layout names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from sdtune.errors import DatasetError
+from sdtune.methods.fields import TrainingFields
+from sdtune.methods.images import open_image
+from sdtune.methods.layouts import check
+from sdtune.training.run import Run
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to train on."""
+
+    path: Path
+    caption: str
+    repeats: int = 1
+
+
+def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[list[Picture], list[Picture]]:
+    """Pictures to train on, and ``held_out_images`` pictures kept out of training to measure on.
+
+    prompt: the caption of pictures that have none. Kept out is every so many-th in the dataset's order, so that the
+    choice hangs on no seed.
+    """
+    ledger = check(run.dataset, method.layout, decode=False)
+    ledger.raise_for_errors()
+    pictures = [
+        Picture(run.dataset / example.image, example.caption or prompt, example.repeats) for example in ledger.examples
+    ]
+    count = method.held_out_images
+    if count >= len(pictures):
+        raise DatasetError(
+            f"held_out_images: {count} of {len(pictures)} pictures would leave none to train on; keep fewer out."
+        )
+    apart = {round(number * len(pictures) / count) for number in range(count)}
+    return (
+        [picture for number, picture in enumerate(pictures) if number not in apart],
+        [picture for number, picture in enumerate(pictures) if number in apart],
+    )
+
+
+def open_square(path: Path, side: int) -> Image.Image:
+    """The picture's centre square, RGB, upright, ``side`` pixels wide."""
+    with path.open("rb") as file:
+        return ImageOps.fit(open_image(file), (side, side), Image.Resampling.LANCZOS)

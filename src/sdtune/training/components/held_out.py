@@ -1,0 +1,66 @@
+"""The held-out loss: on fixed pictures, noise and timesteps, so that steps and runs can be compared."""
+
+from __future__ import annotations
+
+import torch
+
+from sdtune import events
+from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.data import CachedImages
+from sdtune.training.components.loss import errors
+from sdtune.training.components.models import Parts
+from sdtune.training.components.text import Captions
+from sdtune.training.run import Run
+
+DRAWS = 64
+AT_ONCE = 8
+SEED = 2_000_000
+"""Not the run's: runs with other seeds are measured on the same noise."""
+
+
+class HeldOutLoss:
+    """Measures the mean squared error of the prediction over 64 draws, weighted by nothing."""
+
+    def __init__(
+        self, parts: Parts, images: CachedImages, captions: Captions, method: TrainingFields, run: Run
+    ) -> None:
+        self._parts, self._captions, self._method, self._run = parts, captions, method, run
+        generator = torch.Generator().manual_seed(SEED)
+        pictures = torch.arange(DRAWS) % len(images.pictures)
+        # Every picture the same: its mean latents, without the VAE's own noise.
+        self._latents = images.mean[pictures, 0] * images.scaling_factor
+        self._rows = images.captions[pictures]
+        self._noise = torch.randn(self._latents.shape, generator=generator)
+        # One timestep from each of 64 equal spans, in an order that gives each picture early and late ones.
+        steps = parts.noise_scheduler.config.num_train_timesteps
+        self._timesteps = ((torch.randperm(DRAWS, generator=generator) + 0.5) / DRAWS * steps).long()
+
+    @torch.no_grad()
+    def measure(self, step: int) -> float:
+        """The loss after ``step`` steps, told as an event."""
+        training = self._parts.unet.training
+        self._parts.unet.eval()
+        with self._run.accelerator.autocast():
+            found = torch.cat(
+                [
+                    errors(
+                        self._parts,
+                        self._latents[at : at + AT_ONCE],
+                        self._rows[at : at + AT_ONCE],
+                        self._captions,
+                        self._noise[at : at + AT_ONCE],
+                        self._timesteps[at : at + AT_ONCE],
+                    )
+                    for at in range(0, DRAWS, AT_ONCE)
+                ]
+            )
+        self._parts.unet.train(training)
+        value = round(found.mean().item(), 6)
+        self._run.tell(events.Measure("held_out_loss", step, value))
+        return value
+
+    def measure_if_due(self, step: int) -> None:
+        """Measure every ``held_out_every`` steps, and after the last."""
+        every = self._method.held_out_every
+        if step == self._method.max_train_steps or (every and step % every == 0):
+            self.measure(step)

@@ -1,0 +1,121 @@
+"""Captions as the UNet reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdtune import events
+from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.dataset import Picture
+from sdtune.training.components.models import Parts
+from sdtune.training.run import Run
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """encoder_hidden_states: [batch, tokens, hidden size]; pooled: [batch, projection size], SDXL's alone."""
+
+    encoder_hidden_states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def __getitem__(self, rows: torch.Tensor) -> Conditioning:
+        return Conditioning(self.encoder_hidden_states[rows], None if self.pooled is None else self.pooled[rows])
+
+    @property
+    def pipeline_arguments(self) -> dict[str, torch.Tensor]:
+        """As the arguments of diffusers' pipelines."""
+        pooled = {} if self.pooled is None else {"pooled_prompt_embeds": self.pooled}
+        return {"prompt_embeds": self.encoder_hidden_states, **pooled}
+
+
+class Captions:
+    """The distinct captions of a run: encoded once, or at every step if a text encoder is trained."""
+
+    def __init__(
+        self, parts: Parts, method: TrainingFields, pictures: Sequence[Picture], run: Run, trained: bool = False
+    ) -> None:
+        self._parts, self._method = parts, method
+        # The empty caption stands at 0: caption dropout asks for it.
+        self.texts = ["", *sorted({picture.caption for picture in pictures} - {""})]
+        _warn_of_long(parts, method, self.texts, run)
+        self._token_ids = token_ids(parts, method, self.texts)
+        self._encoded = None if trained else encode(parts, method, self.texts)
+
+    def row(self, caption: str) -> int:
+        """The number that stands for ``caption`` in a batch."""
+        return self.texts.index(caption)
+
+    def encode(self, rows: torch.Tensor) -> Conditioning:
+        """What the UNet reads for these rows, int64 [batch]; with a gradient if a text encoder is trained."""
+        if self._encoded is not None:
+            return self._encoded[rows]
+        return _encode_ids(self._parts, self._method, [ids[rows] for ids in self._token_ids])
+
+
+@torch.no_grad()
+def encode(parts: Parts, method: TrainingFields, prompts: Sequence[str]) -> Conditioning:
+    """The prompts as the UNet reads them; one at a time, so that a caption's encoding is the same in any company."""
+    encoded = [_encode_ids(parts, method, token_ids(parts, method, [prompt])) for prompt in prompts]
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    return Conditioning(
+        torch.cat([one.encoder_hidden_states for one in encoded]), torch.cat(pooled) if pooled else None
+    )
+
+
+def token_ids(parts: Parts, method: TrainingFields, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """For each tokenizer int64 [prompts, chunks, 77]: windows of 75 tokens, each between a start and an end."""
+    chunks = method.max_token_length // 75
+    return [
+        torch.stack([_windows(tokenizer, prompt, chunks) for prompt in prompts]).to(parts.unet.device)
+        for tokenizer in parts.tokenizers
+    ]
+
+
+def _windows(tokenizer: Any, prompt: str, chunks: int) -> torch.Tensor:
+    body = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids[: 75 * chunks]
+    rows = []
+    for start in range(0, 75 * chunks, 75):
+        ids = [tokenizer.bos_token_id, *body[start : start + 75], tokenizer.eos_token_id]
+        rows.append(ids + [tokenizer.pad_token_id] * (77 - len(ids)))
+    return torch.tensor(rows)
+
+
+def _encode_ids(parts: Parts, method: TrainingFields, ids: list[torch.Tensor]) -> Conditioning:
+    """``ids``: per text encoder, int64 [batch, chunks, 77]."""
+    states, pooled = [], None
+    for encoder, windows in zip(parts.text_encoders, ids, strict=True):
+        batch, chunks, _ = windows.shape
+        out = encoder(windows.flatten(0, 1), output_hidden_states=True)
+        if len(parts.text_encoders) == 2:
+            # SDXL reads the last layer but one, without the final norm, and the second encoder's projection.
+            hidden = out.hidden_states[-2 - method.clip_skip]
+            pooled = out[0].unflatten(0, (batch, chunks))[:, 0]
+        elif method.clip_skip:
+            hidden = _final_layer_norm(encoder)(out.hidden_states[-1 - method.clip_skip])
+        else:
+            hidden = out.last_hidden_state
+        states.append(hidden.reshape(batch, chunks * 77, -1))
+    return Conditioning(torch.cat(states, dim=-1), pooled)
+
+
+def _final_layer_norm(encoder: Any) -> Any:
+    """Transformers from 5.6 on has no ``text_model`` between."""
+    return getattr(encoder, "text_model", encoder).final_layer_norm
+
+
+def _warn_of_long(parts: Parts, method: TrainingFields, texts: Sequence[str], run: Run) -> None:
+    limit = method.max_token_length
+    for text in texts:
+        tokens = len(parts.tokenizers[0](text, add_special_tokens=False, verbose=False).input_ids)
+        if tokens > limit:
+            run.tell(
+                events.Note(
+                    f"a caption has {tokens} tokens and only the first {limit} are read (--max-token-length goes up "
+                    f"to 225): {text[:60]!r} ...",
+                    level="warning",
+                )
+            )

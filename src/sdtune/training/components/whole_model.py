@@ -1,0 +1,118 @@
+"""All weights of a model: what is trained of them, their moving average, and how they are saved."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.training_utils import EMAModel
+
+from sdtune import events
+from sdtune.errors import TrainingError
+from sdtune.methods.dreambooth import DreamBooth
+from sdtune.methods.fields import TextEncoderFields
+from sdtune.methods.text_to_image import TextToImage
+from sdtune.training.components.files import publish
+from sdtune.training.components.lora_names import classic_clip_path
+from sdtune.training.components.models import Parts
+from sdtune.training.components.optim import Group
+from sdtune.training.run import Run
+
+FINGERPRINT = 256
+"""Entries of each weight that are remembered, to see afterwards that something was learned."""
+
+
+WholeMethod: TypeAlias = DreamBooth | TextToImage
+
+
+class WholeModel:
+    """The weights that a run trains, thawed; ``groups`` is what the optimizer takes."""
+
+    def __init__(self, parts: Parts, method: WholeMethod, trained: Collection[str]) -> None:
+        self._parts, self._method = parts, method
+        models = {"unet": [parts.unet], "text_encoder": parts.text_encoders}
+        self._trained = [model for name in trained for model in models[name]]
+        for model in self._trained:
+            model.requires_grad_(True)
+        text_encoder_lr = method.text_encoder_lr if isinstance(method, TextEncoderFields) else None
+        rates = {"unet": method.learning_rate, "text_encoder": text_encoder_lr or method.learning_rate}
+        self.groups: list[Group] = [
+            {"params": list(model.parameters()), "lr": rates[name]} for name in trained for model in models[name]
+        ]
+        self._before = self._fingerprint()
+        self._averages = [
+            EMAModel(model.parameters(), decay=method.ema_decay, foreach=True)
+            for model in (self._trained if method.use_ema else [])
+        ]
+
+    def average(self, step: int) -> None:
+        """Take the weights after ``step`` steps into the moving average, if there is one."""
+        for model, average in zip(self._trained, self._averages, strict=False):
+            average.step(model.parameters())
+
+    def save(self, run: Run) -> float:
+        """Write the model as a diffusers folder in half precision; the largest change seen among its weights.
+
+        The moving average, if there is one, takes the weights' place and is what is saved and drawn with.
+        """
+        run.tell(events.Phase("save", "Saving the model"))
+        for model, average in zip(self._trained, self._averages, strict=False):
+            average.copy_to(model.parameters())
+        change = (self._fingerprint() - self._before).abs().max().item()
+        if change == 0:
+            raise TrainingError(
+                "the model is what it was: nothing was learned, so nothing was saved. Train longer than "
+                f"{self._method.max_train_steps} steps or raise --learning-rate {self._method.learning_rate}."
+            )
+        save_pipeline(self._parts, run.output)
+        run.tell(events.Artifact("model", str(run.output)))
+        return change
+
+    def _fingerprint(self) -> torch.Tensor:
+        weights = [weight.detach().flatten()[:FINGERPRINT] for model in self._trained for weight in model.parameters()]
+        return torch.cat(weights).float().cpu()
+
+
+def save_pipeline(parts: Parts, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write the parts as a folder that diffusers' ``from_pretrained`` opens, of any version; each file whole."""
+    tokenizers, encoders = parts.tokenizers, parts.text_encoders
+    common: dict[str, Any] = {
+        "vae": parts.vae,
+        "unet": parts.unet,
+        "scheduler": parts.noise_scheduler,
+        "tokenizer": tokenizers[0],
+        "text_encoder": encoders[0],
+    }
+    if len(encoders) == 2:
+        pipeline = StableDiffusionXLPipeline(**common, tokenizer_2=tokenizers[1], text_encoder_2=encoders[1])
+    else:
+        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**common, **checker)
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        pipeline.save_pretrained(temporary)
+        for weights in temporary.rglob("*.safetensors"):
+            _rewrite(weights, dtype)
+        # model_index.json last: without it the folder is no model.
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "model_index.json"):
+            with publish(folder / path.relative_to(temporary)) as whole:
+                shutil.copyfile(path, whole)
+
+
+def _rewrite(path: Path, dtype: torch.dtype) -> None:
+    """In ``dtype``, and CLIP's modules under the names that every version of transformers reads.
+
+    Transformers from 5.6 on leaves out ``text_model.``; older versions then load no weight at all, and only warn.
+    """
+    tensors = safetensors.torch.load_file(path)
+    if path.parent.name.startswith("text_encoder"):
+        tensors = {classic_clip_path(name): tensor for name, tensor in tensors.items()}
+    halves = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    safetensors.torch.save_file(halves, path, metadata={"format": "pt"})

@@ -1,0 +1,49 @@
+"""Text-to-image: all weights of the UNet learn from captioned pictures."""
+
+from __future__ import annotations
+
+import torch
+
+from sdtune.methods.text_to_image import TextToImage
+from sdtune.training.components.data import cache_images
+from sdtune.training.components.dataset import read_dataset
+from sdtune.training.components.held_out import HeldOutLoss
+from sdtune.training.components.loop import fit
+from sdtune.training.components.loss import diffusion_loss
+from sdtune.training.components.models import load_parts
+from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.sampling import Samples
+from sdtune.training.components.text import Captions
+from sdtune.training.components.whole_model import WholeModel
+from sdtune.training.run import Run
+
+
+def train(method: TextToImage, run: Run) -> None:
+    """Train the model and leave it in ``run.output`` as a diffusers folder, with samples and the recipe."""
+    torch.manual_seed(method.seed)
+    parts = load_parts(method, run, trained=["unet"])
+    pictures, apart = read_dataset(method, run)
+    texts = [picture.caption for picture in pictures]
+    method = method.resolved(resolution=parts.resolution, mixed_precision=run.mixed_precision, captions=texts)
+
+    captions = Captions(parts, method, [*pictures, *apart], run)
+    images = cache_images(pictures, captions, parts, method, run, method.proportion_empty_prompts)
+    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
+    measured = cache_images(apart, captions, parts, method, run) if apart else images
+    held_out = HeldOutLoss(parts, measured, captions, method, run)
+
+    samples = Samples(parts, method, run)
+    samples.draw(step=0)
+    held_out.measure(step=0)
+    weights = WholeModel(parts, method, ["unet"])
+    optimizer, schedule = build_optimizer(weights.groups, method)
+    noise = torch.Generator().manual_seed(method.seed + 1)
+    fitted = fit(
+        lambda batch: diffusion_loss(parts, batch, captions, method, noise),
+        parts, optimizer, schedule, batches, method, run,
+        after_step=[weights.average, samples.draw_if_due, held_out.measure_if_due],
+    )  # fmt: skip
+    change = weights.save(run)
+    samples.draw(step=method.max_train_steps)
+    samples.save_contact_sheet(images)
+    run.finish(method, fitted.loss, change)

@@ -1,0 +1,48 @@
+"""Text-to-image with LoRA: the UNet's attention learns from captioned pictures beside its frozen weights."""
+
+from __future__ import annotations
+
+import torch
+
+from sdtune.methods.text_to_image import TextToImageLora
+from sdtune.training.components.data import cache_images
+from sdtune.training.components.dataset import read_dataset
+from sdtune.training.components.held_out import HeldOutLoss
+from sdtune.training.components.loop import fit
+from sdtune.training.components.lora import attach_lora, save_lora
+from sdtune.training.components.loss import diffusion_loss
+from sdtune.training.components.models import load_parts
+from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.sampling import Samples
+from sdtune.training.components.text import Captions
+from sdtune.training.run import Run
+
+
+def train(method: TextToImageLora, run: Run) -> None:
+    """Train the adapter and leave it in ``run.output``, in both forms, with samples and the recipe."""
+    torch.manual_seed(method.seed)
+    parts = load_parts(method, run)
+    pictures, apart = read_dataset(method, run)
+    texts = [picture.caption for picture in pictures]
+    method = method.resolved(resolution=parts.resolution, mixed_precision=run.mixed_precision, captions=texts)
+
+    captions = Captions(parts, method, [*pictures, *apart], run)
+    images = cache_images(pictures, captions, parts, method, run, method.proportion_empty_prompts)
+    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
+    measured = cache_images(apart, captions, parts, method, run) if apart else images
+    held_out = HeldOutLoss(parts, measured, captions, method, run)
+
+    optimizer, schedule = build_optimizer(attach_lora(parts, method), method)
+    noise = torch.Generator().manual_seed(method.seed + 1)
+    samples = Samples(parts, method, run)
+    samples.draw(step=0)
+    held_out.measure(step=0)
+    fitted = fit(
+        lambda batch: diffusion_loss(parts, batch, captions, method, noise),
+        parts, optimizer, schedule, batches, method, run,
+        after_step=[samples.draw_if_due, held_out.measure_if_due],
+    )  # fmt: skip
+    change = save_lora(parts, method, run, images)
+    samples.draw(step=method.max_train_steps)
+    samples.save_contact_sheet(images)
+    run.finish(method, fitted.loss, change)

@@ -1,0 +1,80 @@
+"""Whole models: trained in float32, averaged, saved as a folder that opens anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from sdtune.errors import TrainingError
+from sdtune.methods.dreambooth import DreamBooth
+from sdtune.training.components.models import Parts, load_parts
+from sdtune.training.components.whole_model import WholeModel
+from sdtune.training.run import Run
+
+
+def whole(settings: dict[str, Any], **more: Any) -> DreamBooth:
+    wanted = {name: value for name, value in settings.items() if name != "rank"}
+    return DreamBooth.from_settings({**wanted, **more})
+
+
+def move(parts: Parts, by: float) -> None:
+    with torch.no_grad():
+        for weight in parts.unet.parameters():
+            weight.add_(by)
+
+
+def test_what_is_saved_opens_and_draws_the_same(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    weights = WholeModel(parts, whole(settings), ["unet"])
+    move(parts, 1e-2)
+    assert weights.save(run) == pytest.approx(1e-2, rel=1e-4)
+    opened = StableDiffusionPipeline.from_pretrained(run.output, torch_dtype=torch.float32)
+    for name, weight in parts.unet.state_dict().items():
+        torch.testing.assert_close(opened.unet.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(parts.text_encoders[0].parameters(), opened.text_encoder.parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+    pictures = opened("a red ball", num_inference_steps=1, output_type="np", generator=torch.manual_seed(0)).images
+    assert pictures.shape == (1, 128, 128, 3)
+
+
+def test_every_version_of_transformers_finds_the_text_encoder(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    weights = WholeModel(parts, whole(settings), ["unet"])
+    move(parts, 1e-2)
+    weights.save(run)
+    with safe_open(run.output / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+        assert file.get_tensor("text_model.final_layer_norm.weight").dtype is torch.float16
+
+
+def test_nothing_learned_is_nothing_saved(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    with pytest.raises(TrainingError, match="the model is what it was: nothing was learned"):
+        WholeModel(parts, whole(settings), ["unet"]).save(run)
+    assert not (run.output / "model_index.json").exists()
+
+
+def test_the_moving_average_is_what_is_saved(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    """diffusers' EMAModel: its decay begins at (1 + step) / (10 + step) and ends at ema_decay."""
+    weights = WholeModel(parts, whole(settings, use_ema=True, ema_decay=0.999), ["unet"])
+    average = parts.unet.conv_out.bias.detach().clone()
+    for step in range(1, 4):
+        move(parts, 0.1)
+        weights.average(step)
+        decay = 0.0 if step == 1 else min(0.999, step / (9 + step))
+        average = decay * average + (1 - decay) * parts.unet.conv_out.bias.detach()
+    weights.save(run)
+    torch.testing.assert_close(parts.unet.conv_out.bias.detach(), average, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_parts_are_float32_and_frozen_ones_are_not(settings: dict[str, Any], tmp_path: Path) -> None:
+    method = whole(settings, train_text_encoder=True, text_encoder_lr=1e-7, mixed_precision="bf16")
+    with Run.open(method, tmp_path, tmp_path / "out") as run:
+        parts = load_parts(method, run, trained=["unet", "text_encoder"])
+        weights = WholeModel(parts, method, ["unet", "text_encoder"])
+    assert [group["lr"] for group in weights.groups] == [method.learning_rate, 1e-7]
+    assert parts.unet.dtype is parts.text_encoders[0].dtype is torch.float32
+    assert parts.vae.dtype is torch.bfloat16
+    assert all(weight.requires_grad for group in weights.groups for weight in group["params"])
