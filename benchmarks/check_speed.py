@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdtune.methods.ledger import Layout
 from sdtune.methods.layouts import check
+from sdtune.methods.ledger import Layout
 
 PICTURES = 10_000
 KINDS = 200

@@ -29,10 +29,9 @@ def main() -> None:
         extras = f"{ROOT}[train,optimizers,dev]"
         subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, extras], check=True)
         subprocess.run([python, "-m", "pip", "check"], check=True)
-        frozen = subprocess.run(
-            [python, "-m", "pip", "list", "--format=freeze", "--exclude=sdtune", "--exclude=pip", "--exclude=setuptools"],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
+        listing = [python, "-m", "pip", "list", "--format=freeze"]
+        ours = [f"--exclude={name}" for name in ("sdtune", "pip", "setuptools")]
+        frozen = subprocess.run([*listing, *ours], check=True, capture_output=True, text=True).stdout
     # 2.13.0+cpu is how a build names itself; the version is 2.13.0.
     pins = sorted((line.partition("+")[0] for line in frozen.splitlines()), key=str.lower)
     (ROOT / "constraints.txt").write_text(HEAD + "\n".join(pins) + "\n")

@@ -45,9 +45,9 @@ def test_there_is_a_dataset_of_every_layout_and_nothing_is_wrong_with_it(layout:
 
 
 def commands(document: str) -> list[str]:
-    """The ``sdtune train`` and ``sdtune validate`` commands in a document's code blocks."""
+    """The ``sdtune train`` and ``sdtune validate`` commands in a document's ``sh`` blocks."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:sh|console|bash)\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = (line.strip().removeprefix("$ ") for line in lines)
     return [line.split("  #")[0] for line in found if line.startswith(("sdtune train ", "sdtune validate "))]

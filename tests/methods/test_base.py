@@ -14,8 +14,8 @@ from sdtune.methods.dreambooth import DreamBoothLora
 GOOD = {"instance_prompt": "a photo of sks cat"}
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    ({"learning_rate": -1}, "learning_rate: found -1, wanted a number greater than 0 and less than 1."),
-    ({"learning_rate": "fast"}, "learning_rate: found 'fast', wanted a number greater than 0 and less than 1."),
+    ({"learning_rate": -1}, "learning_rate: found -1, wanted a number greater than 0 and at most 1."),
+    ({"learning_rate": "fast"}, "learning_rate: found 'fast', wanted a number greater than 0 and at most 1."),
     ({"learning_rate": float("nan")}, "learning_rate: found nan, wanted a number"),
     ({"max_train_steps": 2.5}, "max_train_steps: found 2.5, wanted a whole number of at least 1."),
     ({"random_flip": "maybe"}, "random_flip: found 'maybe', wanted true or false."),

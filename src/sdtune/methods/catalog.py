@@ -7,11 +7,11 @@ import difflib
 from sdtune.errors import RecipeError
 from sdtune.methods.dreambooth import DreamBooth, DreamBoothLora
 from sdtune.methods.fields import CommonFields
+from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaNativeLora
 from sdtune.methods.text_to_image import TextToImage, TextToImageLora
 
-METHODS: dict[str, type[CommonFields]] = {
-    method.name: method for method in (DreamBooth, DreamBoothLora, TextToImage, TextToImageLora)
-}
+ALL = (DreamBooth, DreamBoothLora, TextToImage, TextToImageLora, KohyaDreamBoothLora, KohyaNativeLora)
+METHODS: dict[str, type[CommonFields]] = {method.name: method for method in ALL}
 
 
 def find_method(name: str) -> type[CommonFields]:

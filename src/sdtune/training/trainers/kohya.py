@@ -1,0 +1,110 @@
+"""LoRA by kohya-ss sd-scripts: its own trainer, started with our dataset, watched, and its result checked."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sdtune import events
+from sdtune.errors import TrainingError
+from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
+from sdtune.training.components.export import write_diffusers_lora
+from sdtune.training.components.import_lora import read_lora
+from sdtune.training.components.lora_weights import Family, lora_change
+from sdtune.training.kohya.args import Places, kohya_args
+from sdtune.training.kohya.base import prepare_base
+from sdtune.training.kohya.dataset import StagedDataset, stage_captioned, stage_repeats_folders
+from sdtune.training.kohya.header import copy_with_metadata, read_metadata
+from sdtune.training.kohya.process import Averages, find_sd_scripts, run_sd_scripts
+from sdtune.training.kohya.samples import KohyaSamples
+from sdtune.training.run import Run
+
+SMALLEST_CHANGE = torch.finfo(torch.float16).smallest_normal / 1024
+"""Of a weight: the smallest number of float16, the type of files for drawing."""
+
+
+def train(method: KohyaFields, run: Run) -> None:
+    """Train the LoRA and leave it in ``run.output``, in both forms, with samples and the recipe."""
+    scripts = find_sd_scripts()
+    with tempfile.TemporaryDirectory(prefix="sdtune-kohya-") as folder:
+        work = Path(folder)
+        dataset = stage(method, run, work / "dataset")
+        base = prepare_base(method, work)
+        method = method.model_copy(
+            update={
+                "resolution": method.resolution or base.resolution,
+                "mixed_precision": run.mixed_precision,
+                "sample_prompt": method.sample_prompt or tuple(dataset.prompts),
+            }
+        )
+        if (count := torch.cuda.device_count()) > 1:
+            run.tell(events.Note(f"This machine has {count} GPUs; {method.name} trains on one of them.", "warning"))
+        samples = KohyaSamples(method, run, output_dir=work / "output")
+        prompts = samples.write_prompts(work / "prompts.json")
+        places = Places(work / "output", work / "logs", run.output.name, prompts)
+
+        def on_event(event: events.Event) -> None:
+            run.tell(event)
+            samples.on_event(event)
+
+        def on_averages(averages: Averages) -> None:
+            run.tensorboard.add_scalar("train/avr_loss", averages.avr_loss, averages.step)
+
+        averages = run_sd_scripts(
+            scripts, kohya_args(method, base, dataset, places), work,
+            sdxl=base.family is Family.SDXL,
+            on_event=on_event, on_averages=on_averages,
+        )  # fmt: skip
+        change = save(method, run, places)
+        samples.collect()
+        samples.save_contact_sheet(dataset.pictures)
+    run.finish(method, averages.last_tenth, change)
+
+
+def stage(method: KohyaFields, run: Run, target: Path) -> StagedDataset:
+    """The dataset laid out for sd-scripts, and what is to be told of it."""
+    if not isinstance(method, KohyaDreamBoothLora):
+        return stage_captioned(run.dataset, target)
+    dataset = stage_repeats_folders(run.dataset, method.class_data_dir, target)
+    if dataset.regularisation:
+        run.tell(events.Note(dataset.regularisation))
+    return dataset
+
+
+def save(method: KohyaFields, run: Run, places: Places) -> float:
+    """Keep sd-scripts' file, and write the same LoRA in diffusers' form; the largest entry of its weight deltas.
+
+    TrainingError if there is none, or if it would change nothing: sd-scripts ends with 0 also when it trained nothing.
+    """
+    run.tell(events.Phase("save", "Saving the LoRA"))
+    made = places.output_dir / f"{places.output_name}.safetensors"
+    if not made.is_file():
+        raise TrainingError("sd-scripts ended with success but left no LoRA; the log above may say why.")
+    weights = read_lora(made)
+    change = lora_change(weights)
+    if change < SMALLEST_CHANGE:
+        raise TrainingError(
+            "the LoRA is zero: nothing was learned, so nothing was saved. "
+            f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
+        )
+    lora = write_diffusers_lora(weights, run.output)
+    kohya_lora = run.output / made.name
+    copy_with_metadata(made, kohya_lora, public_metadata(read_metadata(made), method))
+    run.tell(events.Artifact("lora", str(lora)))
+    run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
+    return change
+
+
+def public_metadata(metadata: dict[str, str], method: KohyaFields) -> dict[str, str]:
+    """What sd-scripts wrote, with the base model by the name the user knows it by and no folder of this machine.
+
+    sd-scripts tells folders by their last part only; of a model from the hub that would be a snapshot's number.
+    """
+    base = Path(method.base_model).expanduser()
+    name = base.name if base.exists() else method.base_model
+    # Of a folder there is no hash, and sd-scripts writes the reason for that instead.
+    return {key: value for key, value in metadata.items() if value not in ("IsADirectory", "NOFILE")} | {
+        "ss_sd_model_name": name
+    }

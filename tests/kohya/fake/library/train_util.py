@@ -1,0 +1,2 @@
+def verify_command_line_training_args(args):
+    pass

@@ -1,0 +1,169 @@
+"""The trainer as a process, around a stand-in for sd-scripts: what is told, what is left, what is believed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sdtune import events
+from sdtune.errors import ProjectError
+from sdtune.jobs.spec import plan_training
+from sdtune.methods.kohya import KohyaDreamBoothLora
+from sdtune.training.__main__ import main
+from sdtune.training.kohya import launcher
+from sdtune.training.kohya.process import FOLDER, PYTHON, find_sd_scripts
+from tests.kohya.test_base import model
+
+FAKE = Path(__file__).parent / "fake"
+
+
+Train = Callable[..., tuple[int, list[events.Event], str]]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    (tmp_path / "data" / "3_sks cat").mkdir(parents=True)
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "data" / "3_sks cat" / "a.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Train]:
+    """Trains in this process, with the stand-in in one of its own: exit code, events, everything printed."""
+    monkeypatch.setenv(FOLDER, str(FAKE))
+    monkeypatch.setenv(PYTHON, sys.executable)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(fake: str = "learn", **settings: Any) -> tuple[int, list[events.Event], str]:
+        monkeypatch.setenv("FAKE", fake)
+        code = main(arguments(tmp_path, dataset, **settings))
+        printed = capsys.readouterr().out
+        assert not list(tmp_path.glob("sdtune-kohya-*")), "the temporary folder stays"
+        return code, [event for line in printed.splitlines() if (event := events.parse(line))], printed
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def arguments(tmp_path: Path, dataset: Path, **settings: Any) -> list[str]:
+    base = model(tmp_path / "base")
+    settings = {"base_model": str(base), "max_train_steps": 5, "num_samples": 2, "sample_every": 3, **settings}
+    method = KohyaDreamBoothLora.from_settings(settings)
+    return list(plan_training(method, str(dataset), str(tmp_path / "my cat")).args)
+
+
+def test_a_run_leaves_everything_it_promises(train: Train, tmp_path: Path) -> None:
+    code, told, printed = train(gradient_accumulation_steps=2)
+    assert code == 0, printed
+    assert "%|" not in printed
+    steps = [event for event in told if isinstance(event, events.Step)]
+    assert (steps[-1].step, steps[-1].steps, steps[-1].loss, steps[-1].learning_rate) == (5, 5, 1.0, 1e-4)
+    phases = [event.name for event in told if isinstance(event, events.Phase)]
+    assert phases == ["load", "cache", "sample", "train", "sample", "train", "sample", "save"]
+    assert told[-1] == events.Finished(told[-1].seconds, 5, 1.0, 2.0)  # type: ignore[union-attr]
+
+    output = tmp_path / "my cat"
+    assert sorted(path.name for path in (output / "samples").iterdir()) == [
+        "step-000000", "step-000003", "step-000005",
+    ]  # fmt: skip
+    drawn = Image.open(output / "samples" / "step-000005" / "prompt-0-sample-1.png")
+    assert drawn.getpixel((0, 0)) == (50, 0, 0)
+    assert Image.open(output / "contact_sheet.png").width > 128
+
+    with safe_open(output / "my cat.safetensors", "pt") as lora:
+        metadata = lora.metadata()
+    assert metadata["ss_sd_model_name"] == "base"
+    assert "ss_sd_model_hash" not in metadata
+    content = (output / "my cat.safetensors").read_bytes()
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
+    with safe_open(output / "pytorch_lora_weights.safetensors", "pt") as lora:
+        assert len(list(lora.keys())) == 2
+
+    recipe = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
+    assert (recipe["resolution"], recipe["sample_prompt"]) == (512, ["sks cat"])
+    curves = EventAccumulator(str(output / "logs")).Reload()
+    assert {"train/loss", "train/learning_rate", "train/avr_loss"} <= set(curves.Tags()["scalars"])
+    assert curves.Scalars("train/avr_loss")[-1].value == 0.75
+
+
+@pytest.mark.parametrize(
+    ("fake", "words"),
+    [
+        ("nothing", "sd-scripts ended without a single step"),
+        ("zero", "the LoRA is zero: nothing was learned"),
+        ("gone", "left no LoRA"),
+        ("diverge", "the loss was nan at step 3"),
+        ("crash", "  | ValueError: something inside sd-scripts"),
+        ("memory", "the GPU ran out of memory. What helps, most first: --train-batch-size 1"),
+    ],
+)
+def test_a_run_without_its_result_fails(fake: str, words: str, train: Train, tmp_path: Path) -> None:
+    code, told, printed = train(fake, num_samples=0, sample_every=0)
+    assert code == 5, printed
+    assert isinstance(told[-1], events.Failed)
+    assert (told[-1].kind, words in told[-1].text) == ("training", True), told[-1].text
+    assert not list((tmp_path / "my cat").glob("*.safetensors"))
+    assert not (tmp_path / "my cat" / "recipe.yaml").exists()
+
+
+def test_a_stopped_run_stops_sd_scripts(tmp_path: Path, dataset: Path) -> None:
+    words = arguments(tmp_path, dataset, max_train_steps=10_000, num_samples=0, sample_every=0)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdtune.training", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, FOLDER: str(FAKE), PYTHON: sys.executable, "FAKE": "hang", "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if '"step"' in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()  # ends when the last process that writes to it has ended
+    assert process.wait(timeout=30) == 130
+    assert not list(tmp_path.glob("sdtune-kohya-*"))
+    assert {path.name for path in (tmp_path / "my cat").iterdir()} == {"logs"}
+
+
+def test_where_sd_scripts_is_must_be_told(tmp_path: Path) -> None:
+    with pytest.raises(ProjectError, match="SDTUNE_SD_SCRIPTS does not say where one is"):
+        find_sd_scripts({})
+    with pytest.raises(ProjectError, match="is no copy of kohya-ss/sd-scripts"):
+        find_sd_scripts({FOLDER: str(tmp_path)})
+    with pytest.raises(ProjectError, match="no program /nowhere/python"):
+        find_sd_scripts({FOLDER: str(FAKE), PYTHON: "/nowhere/python"})
+    assert find_sd_scripts({FOLDER: str(FAKE)}).python == sys.executable
+
+
+def test_without_sd_scripts_nothing_starts(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER)
+    code, told, _ = train()
+    assert code == 3
+    assert isinstance(told[-1], events.Failed)
+    assert told[-1].kind == "project"
+
+
+def test_the_launcher_needs_nothing_of_sdtune_but_events_and_errors() -> None:
+    tree = ast.parse(Path(launcher.__file__).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} == {
+        "sdtune.errors", "sdtune.events",
+    }  # fmt: skip
