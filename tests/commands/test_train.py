@@ -133,3 +133,16 @@ def test_a_run_that_ends_well_is_not_cancelled(plan: TrainingPlan) -> None:
     tape = Tape(FINISHED)
     list(train(plan, tape))
     assert not tape.cancelled
+
+
+def test_class_pictures_are_checked_and_found_from_anywhere(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings |= {"with_prior_preservation": True, "class_prompt": "a cat", "class_data_dir": "cats"}
+    data = str(pictures())
+    with pytest.raises(DatasetError, match="class_data_dir: cats: no such folder"):
+        plan_train(DreamBoothLora, settings, data, "out", LocalBackend())
+    pictures(name="cats")
+    plan = plan_train(DreamBoothLora, settings, data, "out", LocalBackend())
+    assert getattr(plan.method, "class_data_dir", None) == str(tmp_path / "cats")

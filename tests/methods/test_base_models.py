@@ -13,12 +13,12 @@ from tests.conftest import BASE_MODEL
 
 def test_a_folder_tells_its_resolution() -> None:
     found = find_base_model(str(BASE_MODEL))
-    assert (found.folder, found.resolution) == (BASE_MODEL.resolve(), 128)
+    assert (found.path, found.resolution) == (BASE_MODEL.resolve(), 128)
 
 
 def test_a_hub_id_is_taken_as_it_is() -> None:
     found = find_base_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert (found.folder, found.resolution) == (None, None)
+    assert (found.path, found.resolution) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at all", "just-a-name", "a/b/c", "../up"])
@@ -38,7 +38,13 @@ def test_a_pipeline_with_a_part_missing_is_refused(tmp_path: Path) -> None:
         find_base_model(str(tmp_path))
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.ckpt").write_text("")
-    with pytest.raises(RecipeError, match="is a file; wanted a diffusers folder"):
-        find_base_model(str(tmp_path / "model.ckpt"))
+def test_a_checkpoint_file_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    found = find_base_model(str(tmp_path / "model.safetensors"))
+    assert (found.path, found.resolution) == (tmp_path / "model.safetensors", None)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.zip").write_text("")
+    with pytest.raises(RecipeError, match=r"is a file, but none of \.safetensors, \.ckpt; wanted a diffusers folder"):
+        find_base_model(str(tmp_path / "model.zip"))

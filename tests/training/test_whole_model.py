@@ -13,8 +13,10 @@ from safetensors import safe_open
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBooth
 from sdtune.training.components.models import Parts, load_parts
+from sdtune.training.components.single_file import read_single_file
 from sdtune.training.components.whole_model import WholeModel
 from sdtune.training.run import Run
+from tests.conftest import BASE_MODEL
 
 
 def whole(settings: dict[str, Any], **more: Any) -> DreamBooth:
@@ -48,6 +50,15 @@ def test_every_version_of_transformers_finds_the_text_encoder(settings: dict[str
     with safe_open(run.output / "text_encoder" / "model.safetensors", "pt") as file:
         assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
         assert file.get_tensor("text_model.final_layer_norm.weight").dtype is torch.float16
+
+
+def test_the_single_file_is_the_same_model(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    weights = WholeModel(parts, whole(settings), ["unet"])
+    move(parts, 1e-2)
+    weights.save(run)
+    read = read_single_file(run.output / f"{run.output.name}.safetensors", torch.float32, config=BASE_MODEL)
+    for name, weight in parts.unet.state_dict().items():
+        torch.testing.assert_close(read["unet"].state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_learned_is_nothing_saved(settings: dict[str, Any], parts: Parts, run: Run) -> None:

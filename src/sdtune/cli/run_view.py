@@ -17,6 +17,7 @@ from sdtune.jobs.backend import LogLine
 SECONDS_BETWEEN_LINES = 10.0
 MEANING = {
     "model": "for diffusers: from_pretrained",
+    "single_file": "the same in one file, for A1111, Forge, ComfyUI, SD.Next",
     "lora": "for diffusers",
     "kohya_lora": "for A1111, Forge, ComfyUI, SD.Next",
     "contact_sheet": "before and after, to look at",

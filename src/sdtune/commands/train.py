@@ -53,6 +53,8 @@ def plan_train(
     with mistakes:
         base_model = find_base_model(str(settings.get("base_model", method.model_fields["base_model"].default)))
     with mistakes:
+        _check_class_pictures(method, settings)
+    with mistakes:
         target = _free_output(output, backend, overwrite)
     with mistakes:
         if dataset is None:
@@ -64,11 +66,22 @@ def plan_train(
             show(ledger)
         ledger.raise_for_errors()
     mistakes.raise_if_any()
-    if base_model.folder:
-        # The training process may start in another folder.
-        recipe = recipe.model_copy(update={"base_model": str(base_model.folder)})
+    # The training process may start in another folder.
+    here = {"base_model": base_model.path, "class_data_dir": getattr(recipe, "class_data_dir", None)}
+    recipe = recipe.model_copy(update={name: backend.resolve(str(path)) for name, path in here.items() if path})
     job = plan_training(recipe, backend.resolve(str(dataset)), target)
     return TrainingPlan(recipe, base_model, ledger, job, backend.render(job))
+
+
+def _check_class_pictures(method: type[CommonFields], settings: Mapping[str, Any]) -> None:
+    """A folder of class pictures is laid out as the dataset is and checked as it is; what it warns of is not told."""
+    folder = settings.get("class_data_dir")
+    if not folder or "class_data_dir" not in method.model_fields:
+        return
+    try:
+        check(Path(str(folder)), method.layout).raise_for_errors()
+    except DatasetError as error:
+        raise DatasetError(f"class_data_dir: {error}") from None
 
 
 def _free_output(output: str | None, backend: Backend, overwrite: bool) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from sdtune.errors import RecipeError
 
+CHECKPOINTS = (".safetensors", ".ckpt")
+"""What a single file with all weights of a model is called."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -17,17 +19,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class BaseModel:
     """A base model as the settings name it.
 
-    folder: where it lies on this machine; None for a Hugging Face id, which is fetched at the start of the run.
+    path: its folder or file on this machine; None for a Hugging Face id, which is fetched at the start of the run.
     resolution: side in pixels of the pictures it was made for; None where only loading it would tell.
     """
 
     name: str
-    folder: Path | None
+    path: Path | None
     resolution: int | None
 
 
 def find_base_model(name: str) -> BaseModel:
-    """The base model ``name`` stands for. RecipeError if it is neither a diffusers folder nor a Hugging Face id."""
+    """The base model ``name`` stands for: a diffusers folder, one file with all weights, or a Hugging Face id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -37,7 +39,12 @@ def find_base_model(name: str) -> BaseModel:
             )
         return BaseModel(name, folder.resolve(), _resolution(folder))
     if folder.exists():
-        raise RecipeError(f"base_model: {name} is a file; wanted a diffusers folder or a Hugging Face id.")
+        if folder.suffix not in CHECKPOINTS:
+            raise RecipeError(
+                f"base_model: {name} is a file, but none of {', '.join(CHECKPOINTS)}; wanted a diffusers folder, "
+                "a checkpoint file or a Hugging Face id."
+            )
+        return BaseModel(name, folder.resolve(), None)
     if not _HUB_ID.fullmatch(name):
         raise RecipeError(
             f"base_model: no folder {name!r} here, and it is no Hugging Face id (owner/name) either; check the path."

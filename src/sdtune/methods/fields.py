@@ -17,7 +17,10 @@ class CommonFields(Method):
 
     base_model: Annotated[
         str,
-        Field(min_length=1, description="The model to start from: a Hugging Face id or a diffusers folder."),
+        Field(
+            min_length=1,
+            description="The model to start from: a Hugging Face id, a diffusers folder, or one .safetensors file.",
+        ),
     ] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     resolution: Annotated[
         int | None,

@@ -11,23 +11,28 @@ GAP = 8
 LABEL_WIDTH = 96
 TEXT = 18
 MOST_TRAINING_PICTURES = 8
+LEAST_COLUMNS = 4
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#6e7781"
 
 Row = tuple[str, Sequence[Image.Image]]
+"""A label and the pictures beside it."""
 
 
 def contact_sheet(
     title: str, training_pictures: Sequence[Image.Image], samples: Sequence[tuple[str, Sequence[Row]]]
 ) -> Image.Image:
-    """The sheet. samples: for each prompt, its labelled rows, such as before and after."""
-    blocks: list[tuple[str, Sequence[Row]]] = [
-        ("what it was shown", [("pictures", training_pictures[:MOST_TRAINING_PICTURES])]),
-        *samples,
-    ]
-    columns = max(len(pictures) for _, rows in blocks for _, pictures in rows)
+    """The sheet. samples: for each prompt, its labelled rows, such as before and after.
+
+    It is as wide as the samples need; more training pictures than fit beside each other are shown smaller.
+    """
+    shown = training_pictures[:MOST_TRAINING_PICTURES]
+    blocks: list[tuple[str, Sequence[Row]]] = [("what it was shown", [("pictures", shown)]), *samples]
+    columns = max(LEAST_COLUMNS, *(len(pictures) for _, rows in samples for _, pictures in rows))
     width = LABEL_WIDTH + columns * (TILE + GAP) + GAP
     heading = 2 * GAP + TEXT
-    height = heading + GAP + sum(heading + len(rows) * (TILE + GAP) for _, rows in blocks)
+    height = heading + GAP + sum(
+        heading + sum(_tile(len(pictures), columns) + GAP for _, pictures in rows) for _, rows in blocks
+    )  # fmt: skip
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     bold, plain = ImageFont.load_default(TEXT + 4), ImageFont.load_default(TEXT)
@@ -37,12 +42,18 @@ def contact_sheet(
         pen.text((GAP, top + GAP), _fit(text, pen, plain, width - 2 * GAP), INK, plain)
         top += heading
         for label, pictures in rows:
-            pen.text((GAP, top + (TILE - TEXT) // 2), label, FAINT, plain)
+            side = _tile(len(pictures), columns)
+            pen.text((GAP, top + (side - TEXT) // 2), label, FAINT, plain)
             for column, picture in enumerate(pictures):
-                tile = picture.resize((TILE, TILE), Image.Resampling.LANCZOS)
-                sheet.paste(tile, (LABEL_WIDTH + column * (TILE + GAP), top))
-            top += TILE + GAP
+                tile = picture.resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (LABEL_WIDTH + column * (side + GAP), top))
+            top += side + GAP
     return sheet
+
+
+def _tile(pictures: int, columns: int) -> int:
+    """Side in pixels of each of ``pictures`` beside each other where ``columns`` of full size fit."""
+    return min(TILE, columns * (TILE + GAP) // max(1, pictures) - GAP)
 
 
 def _fit(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

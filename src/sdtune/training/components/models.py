@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.lora_weights import Family
+from sdtune.training.components.single_file import read_single_file
 from sdtune.training.run import Run
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+PARTS = {
+    "tokenizer": (CLIPTokenizer, False),
+    "text_encoder": (CLIPTextModel, True),
+    "vae": (AutoencoderKL, True),
+    "unet": (UNet2DConditionModel, True),
+    "scheduler": (DDPMScheduler, False),
+}
+"""The parts of a pipeline: their classes, and whether they have weights."""
+XL_PARTS = {"tokenizer_2": (CLIPTokenizer, False), "text_encoder_2": (CLIPTextModelWithProjection, True)}
 
 
 @dataclass
@@ -49,6 +67,14 @@ class Parts:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
+    def by_name(self) -> dict[str, Any]:
+        """The parts under their names in a diffusers pipeline."""
+        named = {"vae": self.vae, "unet": self.unet, "scheduler": self.noise_scheduler}
+        for suffix, tokenizer, encoder in zip(("", "_2"), self.tokenizers, self.text_encoders, strict=False):
+            named |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
+        return named
+
+    @property
     def modules(self) -> list[Any]:
         """Everything with weights."""
         return [*self.text_encoders, self.vae, self.unet]
@@ -60,6 +86,35 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     trained: ``unet``, ``text_encoder`` where all of its weights are to be trained, which must be float32 then.
     """
     base = method.base_model
+    if Path(base).is_file():
+        loaded = read_single_file(Path(base), torch.float32)
+    else:
+        loaded = _from_pretrained(base, method.name)
+    suffixes = ("", "_2") if "text_encoder_2" in loaded else ("",)
+    parts = Parts(
+        tokenizers=[loaded[f"tokenizer{suffix}"] for suffix in suffixes],
+        text_encoders=[loaded[f"text_encoder{suffix}"] for suffix in suffixes],
+        vae=loaded["vae"],
+        unet=loaded["unet"],
+        noise_scheduler=DDPMScheduler.from_config(loaded["scheduler"].config),
+        family=_family(loaded),
+    )
+    full = [
+        *(parts.text_encoders if "text_encoder" in trained else []),
+        *([parts.unet] if "unet" in trained else []),
+        *([parts.vae] if parts.family is Family.SDXL else []),
+    ]
+    for module in parts.modules:
+        module.requires_grad_(False)
+        module.eval()
+        module.to(run.device, torch.float32 if module in full else run.weight_dtype)
+    if method.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+    return parts
+
+
+def _from_pretrained(base: str, method: str) -> dict[str, Any]:
+    """The parts of a diffusers folder or a Hugging Face id, by their names in a pipeline, in float32."""
     try:
         config = DiffusionPipeline.load_config(base)
     except (OSError, ValueError) as error:
@@ -70,39 +125,29 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     pipeline = config.get("_class_name")
     if pipeline not in PIPELINES:
         raise TrainingError(
-            f"base_model: {base} is a {pipeline}; {method.name} trains Stable Diffusion 1.x, 2.x and XL "
+            f"base_model: {base} is a {pipeline}; {method} trains Stable Diffusion 1.x, 2.x and XL "
             f"({' or '.join(PIPELINES)})."
         )
-    xl = pipeline == "StableDiffusionXLPipeline"
-
-    def dtype(part: str) -> torch.dtype:
-        return torch.float32 if part in trained or (xl and part == "vae") else run.weight_dtype
-
-    text_dtype = dtype("text_encoder")
+    kinds = {**PARTS, **(XL_PARTS if pipeline == "StableDiffusionXLPipeline" else {})}
     try:
-        tokenizers = [CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")]
-        text_encoders = [CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=text_dtype)]
-        if xl:
-            second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", dtype=text_dtype)
-            tokenizers.append(CLIPTokenizer.from_pretrained(base, subfolder="tokenizer_2"))
-            text_encoders.append(second)
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=dtype("vae"))
-        unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=dtype("unet"))
-        noise_scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+        return {
+            part: kind.from_pretrained(base, subfolder=part, **({"dtype": torch.float32} if weights else {}))
+            for part, (kind, weights) in kinds.items()
+        }
     except (OSError, ValueError) as error:
         raise TrainingError(f"base_model: {base} is not whole: {error}") from None
-    parts = Parts(tokenizers, text_encoders, vae, unet, noise_scheduler, _family(xl, unet))
-    for module in parts.modules:
-        module.requires_grad_(False)
-        module.eval()
-        module.to(run.device)
-    if method.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
-    return parts
 
 
-def _family(xl: bool, unet: Any) -> Family:
+def pipeline_of(parts: Parts, **others: Any) -> Any:
+    """The parts as a diffusers pipeline that draws; ``others`` take the place of parts."""
+    if parts.family is Family.SDXL:
+        return StableDiffusionXLPipeline(**{**parts.by_name, **others})
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**{**parts.by_name, **checker, **others})
+
+
+def _family(loaded: Mapping[str, Any]) -> Family:
     """SD 2.x reads OpenCLIP's text encoder, 1024 wide; 1.x reads CLIP's."""
-    if xl:
+    if "text_encoder_2" in loaded:
         return Family.SDXL
-    return Family.SD2 if unet.config.cross_attention_dim == 1024 else Family.SD1
+    return Family.SD2 if loaded["unet"].config.cross_attention_dim == 1024 else Family.SD1

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from sdtune import events
@@ -15,7 +15,7 @@ from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.contact_sheet import contact_sheet
 from sdtune.training.components.data import CachedImages
 from sdtune.training.components.dataset import open_square
-from sdtune.training.components.models import Parts
+from sdtune.training.components.models import Parts, pipeline_of
 from sdtune.training.components.text import encode
 from sdtune.training.run import Run
 
@@ -85,10 +85,12 @@ def draw(
     """
     side = method.resolution or parts.resolution
 
-    def after_step(pipeline: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+    def after_step(pipe: object, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
         report()
         return tensors
 
+    pipeline = pipeline_of(parts, scheduler=DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config))
+    pipeline.set_progress_bar_config(disable=True)
     with _drawing(parts), run.accelerator.autocast():
         wanted, unwanted = encode(parts, method, [prompt]), encode(parts, method, [""])
         embeddings = {
@@ -96,7 +98,7 @@ def draw(
             for conditioning, prefix in ((wanted, ""), (unwanted, "negative_"))
             for name, tensor in ((prefix + key, value) for key, value in conditioning.pipeline_arguments.items())
         }
-        drawn = _pipeline(parts)(
+        drawn = pipeline(
             **embeddings,
             height=side,
             width=side,
@@ -125,18 +127,3 @@ def _drawing(parts: Parts) -> Iterator[None]:
     yield
     for module, was in zip(parts.modules, training, strict=True):
         module.train(was)
-
-
-def _pipeline(parts: Parts) -> Any:
-    scheduler = DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config)
-    common = {"vae": parts.vae, "unet": parts.unet, "scheduler": scheduler}
-    for number, (tokenizer, encoder) in enumerate(zip(parts.tokenizers, parts.text_encoders, strict=True)):
-        suffix = "_2" if number else ""
-        common |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
-    if len(parts.text_encoders) == 2:
-        pipeline = StableDiffusionXLPipeline(**common)
-    else:
-        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**common, **checker)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

@@ -6,11 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 
 from sdtune import events
@@ -20,8 +19,9 @@ from sdtune.methods.fields import TextEncoderFields
 from sdtune.methods.text_to_image import TextToImage
 from sdtune.training.components.files import publish
 from sdtune.training.components.lora_names import classic_clip_path
-from sdtune.training.components.models import Parts
+from sdtune.training.components.models import Parts, pipeline_of
 from sdtune.training.components.optim import Group
+from sdtune.training.components.single_file_write import write_single_file
 from sdtune.training.run import Run
 
 FINGERPRINT = 256
@@ -57,7 +57,7 @@ class WholeModel:
             average.step(model.parameters())
 
     def save(self, run: Run) -> float:
-        """Write the model as a diffusers folder in half precision; the largest change seen among its weights.
+        """Write the model in half precision as a diffusers folder and as one file; the largest change of a weight.
 
         The moving average, if there is one, takes the weights' place and is what is saved and drawn with.
         """
@@ -71,7 +71,12 @@ class WholeModel:
                 f"{self._method.max_train_steps} steps or raise --learning-rate {self._method.learning_rate}."
             )
         save_pipeline(self._parts, run.output)
+        single_file = write_single_file(
+            self._parts.by_name, run.output / f"{run.output.name}.safetensors", self._parts.family,
+            metadata={"modelspec.title": run.output.name},
+        )  # fmt: skip
         run.tell(events.Artifact("model", str(run.output)))
+        run.tell(events.Artifact("single_file", str(single_file)))
         return change
 
     def _fingerprint(self) -> torch.Tensor:
@@ -81,22 +86,9 @@ class WholeModel:
 
 def save_pipeline(parts: Parts, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the parts as a folder that diffusers' ``from_pretrained`` opens, of any version; each file whole."""
-    tokenizers, encoders = parts.tokenizers, parts.text_encoders
-    common: dict[str, Any] = {
-        "vae": parts.vae,
-        "unet": parts.unet,
-        "scheduler": parts.noise_scheduler,
-        "tokenizer": tokenizers[0],
-        "text_encoder": encoders[0],
-    }
-    if len(encoders) == 2:
-        pipeline = StableDiffusionXLPipeline(**common, tokenizer_2=tokenizers[1], text_encoder_2=encoders[1])
-    else:
-        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**common, **checker)
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
-        pipeline.save_pretrained(temporary)
+        pipeline_of(parts).save_pretrained(temporary)
         for weights in temporary.rglob("*.safetensors"):
             _rewrite(weights, dtype)
         # model_index.json last: without it the folder is no model.

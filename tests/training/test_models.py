@@ -1,0 +1,101 @@
+"""Base models load from a folder and from one file, to the same parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdtune.errors import TrainingError
+from sdtune.methods.dreambooth import DreamBoothLora
+from sdtune.training.components.lora_weights import Family
+from sdtune.training.components.models import load_parts
+from sdtune.training.components.text import encode
+from sdtune.training.run import Run
+from tests.conftest import BASE_MODEL
+
+
+def changed(method: DreamBoothLora, **settings: Any) -> DreamBoothLora:
+    return method.model_copy(update=settings)
+
+
+@pytest.fixture
+def tiny_sdxl(tmp_path: Path) -> Path:
+    """A pipeline of SDXL's kind with random weights."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(BASE_MODEL, subfolder="tokenizer")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=3, vocab_size=len(tokenizer),
+        projection_dim=32, **ends,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=2, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1], attention_head_dim=[2, 4], use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(BASE_MODEL, subfolder="vae"), unet=unet,
+        text_encoder=CLIPTextModel(config), text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer, tokenizer_2=tokenizer,
+        scheduler=DDPMScheduler.from_pretrained(BASE_MODEL, subfolder="scheduler"),
+    )  # fmt: skip
+    pipeline.save_pretrained(tmp_path / "sdxl")
+    return tmp_path / "sdxl"
+
+
+def test_sdxl_is_encoded_as_diffusers_does(method: DreamBoothLora, run: Run, tiny_sdxl: Path) -> None:
+    parts = load_parts(changed(method, base_model=str(tiny_sdxl)), run)
+    assert parts.family is Family.SDXL
+    ours = encode(parts, method, ["a red ball"])
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32)
+    states, _, pooled, _ = pipeline.encode_prompt("a red ball", device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours.encoder_hidden_states, states)
+    torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_a_lora_of_sdxl_trains_and_names_both_encoders(
+    settings: dict[str, Any], run: Run, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    from safetensors import safe_open
+
+    from sdtune.training.trainers.dreambooth_lora import train
+
+    more = {"base_model": str(tiny_sdxl), "train_text_encoder": True, "max_train_steps": 2, "max_token_length": 150}
+    train(DreamBoothLora.from_settings({**settings, **more}), run)
+    with safe_open(run.output / f"{run.output.name}.safetensors", "pt") as file:
+        prefixes = {name.split("_")[1] for name in file.keys()}  # noqa: SIM118
+        assert prefixes == {"unet", "te1", "te2"}
+        assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("model_index.json", '"_class_name": "FluxPipeline"'), ("unet/config.json", "is not whole")],
+)
+def test_what_cannot_be_trained_is_named(
+    method: DreamBoothLora, run: Run, tmp_path: Path, name: str, words: str
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(BASE_MODEL, broken)
+    if name == "model_index.json":
+        (broken / name).write_text("{" + words + "}")
+        words = "is a FluxPipeline; dreambooth-lora trains Stable Diffusion 1.x, 2.x and XL"
+    else:
+        (broken / name).unlink()
+    with pytest.raises(TrainingError) as caught:
+        load_parts(changed(method, base_model=str(broken)), run)
+    assert words in str(caught.value)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(method: DreamBoothLora, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(TrainingError):
+        load_parts(changed(method, base_model=str(tmp_path / "model.safetensors")), run)
