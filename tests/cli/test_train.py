@@ -11,6 +11,7 @@ import pytest
 
 from sdtune import __version__
 from sdtune.cli import app as cli
+from sdtune.methods.catalog import ALIASES, METHODS
 from tests.conftest import BASE_MODEL
 
 Command = Callable[..., tuple[int, str, str]]
@@ -123,6 +124,18 @@ def test_an_unknown_option_and_an_unknown_method_are_refused(sdtune: Command, tm
     assert (code, "Did you mean" in err, "'dreambooth-lora'" in err) == (2, True, True)
 
 
+def test_older_names_are_understood(sdtune: Command, pictures: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: diffuser_dreambooth_lora\nrank: 8\n")
+    words = good(pictures(), tmp_path)
+    words[1] = "diffuser_dreambooth_lora"
+    code, out, _ = sdtune(*words, "--config", recipe, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["command"][4] == "dreambooth-lora"
+    assert "diffuser" not in sdtune("train", "--help")[1]
+    assert set(ALIASES.values()) <= set(METHODS)
+
+
 def test_validate_tells_every_file(sdtune: Command, pictures: Callable[..., Path]) -> None:
     folder = pictures()
     (folder / "notes.pdf").write_text("x")
@@ -141,8 +154,6 @@ def test_validate_ends_with_2_on_a_dataset_that_cannot_be_trained_on(sdtune: Com
 
 
 def test_help_names_every_setting(sdtune: Command) -> None:
-    from sdtune.methods.catalog import METHODS
-
     for name, method in METHODS.items():
         code, out, _ = sdtune("train", name, "--help")
         assert code == 0

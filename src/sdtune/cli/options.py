@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from sdtune.errors import RecipeError
 from sdtune.methods.base import Method
+from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
@@ -54,7 +55,7 @@ def read_config(path: Path | None, method: type[CommonFields]) -> dict[str, Any]
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
         raise RecipeError(f"config: {path} holds a {type(recipe).__name__}; wanted lines of the form `setting: value`.")
     named = recipe.pop("method", method.name)
-    if named != method.name:
+    if find_method(str(named)) is not method:
         raise RecipeError(f"config: {path} is a recipe of {named}; run it with: sdtune train {named} --config {path}")
     return recipe
 

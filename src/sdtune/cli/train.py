@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sdtune.backends.registry import BACKENDS, open_backend
 from sdtune.cli.options import method_parameters, read_config, typed_settings
 from sdtune.cli.output import open_console
 from sdtune.commands.train import plan_train, train
-from sdtune.methods.catalog import METHODS
+from sdtune.methods.catalog import ALIASES, METHODS
 from sdtune.methods.fields import CommonFields
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False)
+
+class Methods(TyperGroup):
+    """The methods, also by their older names, which the help does not list."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+
+app = typer.Typer(cls=Methods, rich_markup_mode=None, no_args_is_help=True, add_completion=False)
 
 
 @app.callback()

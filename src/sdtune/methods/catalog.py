@@ -13,11 +13,20 @@ from sdtune.methods.text_to_image import TextToImage, TextToImageLora
 ALL = (DreamBooth, DreamBoothLora, TextToImage, TextToImageLora, KohyaDreamBoothLora, KohyaNativeLora)
 METHODS: dict[str, type[CommonFields]] = {method.name: method for method in ALL}
 
+ALIASES = {
+    "diffuser_dreambooth": "dreambooth",
+    "diffuser_dreambooth_lora": "dreambooth-lora",
+    "diffuser_text_to_image": "text-to-image",
+    "diffuser_text_to_image_lora": "text-to-image-lora",
+    "kohya_lora": "kohya-dreambooth-lora",
+}
+"""What the quick-start scripts, which sdtune supersedes, called them."""
+
 
 def find_method(name: str) -> type[CommonFields]:
-    """The method called ``name``. RecipeError names the nearest ones."""
-    if name in METHODS:
-        return METHODS[name]
+    """The method called ``name``, today or formerly. RecipeError names the nearest ones."""
+    if ALIASES.get(name, name) in METHODS:
+        return METHODS[ALIASES.get(name, name)]
     near = difflib.get_close_matches(name, METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(METHODS)}."
     raise RecipeError(f"no method is called {name!r}; {hint}")
