@@ -1,6 +1,6 @@
 """Learning, not assumed: three fine-tunes of the shipped model on the cat Chelsea, from the command line to the file.
 
-Thresholds were set at about half of what was measured: see each test.
+What was measured when the thresholds were set stands with each test.
 """
 
 from __future__ import annotations
@@ -75,20 +75,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def blurred(pictures: list[Image.Image]) -> numpy.ndarray[Any, Any]:
-    """The pictures at 16 x 16, in 0..1: where which colours are, but no detail."""
-    small = [picture.convert("RGB").resize((16, 16), Image.Resampling.BOX) for picture in pictures]
-    return numpy.stack([numpy.asarray(picture, numpy.float64) / 255 for picture in small])
+def greys(pictures: list[Image.Image]) -> numpy.ndarray[Any, Any]:
+    """The pictures at 16 x 16 in grey, each with mean 0 and deviation 1: where it is light and dark, and no more."""
+    small = [picture.convert("L").resize((16, 16), Image.Resampling.BOX) for picture in pictures]
+    flat = numpy.stack([numpy.asarray(picture, numpy.float64).ravel() for picture in small])
+    centred = flat - flat.mean(axis=1, keepdims=True)
+    return numpy.asarray(centred / centred.std(axis=1, keepdims=True))
 
 
-def distance(pictures: list[Image.Image], references: list[Image.Image]) -> float:
-    """Root mean square distance of each picture to its nearest reference, on average."""
-    ours, theirs = blurred(pictures)[:, None], blurred(references)[None]
-    return float(numpy.sqrt(((ours - theirs) ** 2).mean(axis=(2, 3, 4))).min(axis=1).mean())
+def likeness(pictures: list[Image.Image], references: list[Image.Image]) -> float:
+    """Correlation of each picture with the reference it is closest to, on average: 0 if they have nothing in common."""
+    correlations = greys(pictures) @ greys(references).T / (16 * 16)
+    return float(correlations.max(axis=1).mean())
 
 
 def pipeline(lora: Path | None = None) -> Any:
-    opened = StableDiffusionPipeline.from_pretrained(BASE_MODEL, torch_dtype=torch.float32)
+    opened = StableDiffusionPipeline.from_pretrained(BASE_MODEL, dtype=torch.float32)
     opened.scheduler = DPMSolverMultistepScheduler.from_config(opened.scheduler.config)
     opened.set_progress_bar_config(disable=True)
     if lora:
@@ -104,15 +106,15 @@ def draw(opened: Any, prompt: str, seeds: list[int], steps: int = 25) -> list[Im
 
 
 def test_the_subject_is_learned(learned: list[Learned]) -> None:
-    """Measured: DISTANCES."""
+    """Measured: from 0.00, 0.01 and -0.01 before training to 0.61, 0.64 and 0.57 after."""
     references = [Image.open(path) for path in sorted((DATASETS / "images").iterdir())]
     for run in learned:
-        before, after = distance(run.samples(0), references), distance(run.samples(STEPS), references)
-        assert after < 0.88 * before, f"seed {run.seed}: {before:.3f} before, {after:.3f} after"
+        before, after = likeness(run.samples(0), references), likeness(run.samples(STEPS), references)
+        assert after > before + 0.3, f"seed {run.seed}: {before:.2f} before, {after:.2f} after"
 
 
 def test_the_prior_is_kept(learned: list[Learned]) -> None:
-    """Prompts without the rare word draw what they say. Measured: PRIOR_MEASURED."""
+    """Prompts without the rare word draw what they say. Measured: 12 of 12 with each seed."""
     for run in learned:
         opened = pipeline(run.output)
         right = 0
@@ -122,7 +124,7 @@ def test_the_prior_is_kept(learned: list[Learned]) -> None:
             prompt = f"a drawing of {article} {colour} {thing} on a {background} background"
             for seen in classify(draw(opened, prompt, [11, 12], steps=15)):
                 right += all(seen[question] == answer for question, answer in wanted.items())
-        assert right >= 9, f"seed {run.seed}: {right} of 12 drawn as told"
+        assert right >= 10, f"seed {run.seed}: {right} of 12 drawn as told"
 
 
 @pytest.mark.parametrize("form", ["pytorch_lora_weights.safetensors", "chelsea-1.safetensors"])

@@ -20,7 +20,7 @@ PROMPTS = ["a photo of sks cat", "a red ball on a blue background", ""]
 
 
 def test_prompts_are_encoded_as_diffusers_does(method: DreamBoothLora, parts: Parts) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(BASE_MODEL, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE_MODEL, dtype=torch.float32)
     for prompt in PROMPTS:
         expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
         torch.testing.assert_close(encode(parts, method, [prompt]).encoder_hidden_states, expected)

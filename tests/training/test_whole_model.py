@@ -34,7 +34,7 @@ def test_what_is_saved_opens_and_draws_the_same(settings: dict[str, Any], parts:
     weights = WholeModel(parts, whole(settings), ["unet"])
     move(parts, 1e-2)
     assert weights.save(run) == pytest.approx(1e-2, rel=1e-4)
-    opened = StableDiffusionPipeline.from_pretrained(run.output, torch_dtype=torch.float32)
+    opened = StableDiffusionPipeline.from_pretrained(run.output, dtype=torch.float32)
     for name, weight in parts.unet.state_dict().items():
         torch.testing.assert_close(opened.unet.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(parts.text_encoders[0].parameters(), opened.text_encoder.parameters(), strict=True):

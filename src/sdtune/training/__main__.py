@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -49,6 +50,8 @@ def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # diffusers imports it where it is installed, and it warns of kernels that no trainer here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
