@@ -117,10 +117,12 @@ def emit(event: Event) -> None:
 
 def parse(line: str) -> Event | None:
     """The event in ``line``, or None for ordinary output, even if that happens to be JSON."""
-    if not line.startswith('{"event"'):
+    # Before it may stand what a library wrote without ending its line.
+    start = line.find('{"event"')
+    if start < 0:
         return None
     try:
-        fields = json.loads(line)
+        fields = json.loads(line[start:])
         return KINDS[fields.pop("event")](**fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

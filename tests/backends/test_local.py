@@ -77,7 +77,7 @@ def test_cancel_stops_the_job(stubborn: bool, monkeypatch: pytest.MonkeyPatch) -
 
 def test_without_torch_the_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ProjectError, match=r"pip install 'sdtune\[train\]'"):
+    with pytest.raises(ProjectError, match=r"pip install -e '\.\[train\]'"):
         LocalBackend().submit(JOB)
 
 
@@ -89,12 +89,21 @@ def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert backend.resolve("~/data") == str(tmp_path / "home" / "data")
 
 
-def test_files_of_a_folder(tmp_path: Path) -> None:
+def test_names_in_a_folder(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("")
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "sub").mkdir()
-    assert LocalBackend().list_files(str(tmp_path)) == ["a.txt", "b.txt"]
-    assert LocalBackend().list_files(str(tmp_path / "nowhere")) == []
+    assert LocalBackend().list_names(str(tmp_path)) == ["a.txt", "b.txt", "sub"]
+    assert LocalBackend().list_names(str(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "can"), [("new/deep", True), ("", True), ("file", False), ("file/sub", False), ("/proc/new", False)]
+)
+def test_where_a_result_can_go(tmp_path: Path, folder: str, can: bool) -> None:
+    (tmp_path / "file").write_text("")
+    assert LocalBackend().can_write(str(tmp_path / folder)) is can
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unknown_backend_is_named() -> None:

@@ -146,3 +146,50 @@ def test_class_pictures_are_checked_and_found_from_anywhere(
     pictures(name="cats")
     plan = plan_train(DreamBoothLora, settings, data, "out", LocalBackend())
     assert getattr(plan.method, "class_data_dir", None) == str(tmp_path / "cats")
+
+
+@pytest.mark.parametrize("name", ["dataset", "base_model", "class_data_dir"])
+@pytest.mark.parametrize("below", ["", "deep/down"])
+def test_the_result_is_not_written_among_its_sources(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, name: str, below: str
+) -> None:
+    data = pictures()
+    sources = {"dataset": data, "base_model": tmp_path / "model", "class_data_dir": tmp_path / "cats"}
+    settings |= {
+        "with_prior_preservation": True,
+        "class_prompt": "a cat",
+        "class_data_dir": str(sources["class_data_dir"]),
+    }
+    settings["base_model"] = str(sources["base_model"])
+    with pytest.raises(RecipeError, match=f"is the {name} or lies in it|holds other files"):
+        plan_train(DreamBoothLora, settings, str(data), str(sources[name] / below), LocalBackend())
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    data, out = str(pictures()), tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    (out / "logs" / "mine").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(RecipeError, match="holds other files, such as 'logs'; choose a new folder"):
+            plan_train(DreamBoothLora, settings, data, str(out), LocalBackend(), overwrite=overwrite)
+    # A run that was stopped left its mark, and may be started again.
+    (out / ".sdtune").write_text("")
+    assert plan_train(DreamBoothLora, settings, data, str(out), LocalBackend())
+
+
+@pytest.mark.parametrize("output", ["", None, "pytorch_lora_weights"])
+def test_an_output_that_cannot_be_is_refused(
+    pictures: Callable[..., Path], settings: dict[str, Any], output: str | None
+) -> None:
+    with pytest.raises(RecipeError, match="output: "):
+        plan_train(DreamBoothLora, settings, str(pictures()), output, LocalBackend())
+
+
+def test_keeping_every_picture_out_is_refused_before_the_start(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings["held_out_images"] = 3
+    with pytest.raises(DatasetError, match="held_out_images: 3 of 3 pictures would leave none to train on"):
+        plan_train(DreamBoothLora, settings, str(pictures()), str(tmp_path / "out"), LocalBackend())

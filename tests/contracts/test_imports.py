@@ -73,10 +73,11 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 def test_the_launcher_checks_and_plans_without_torch_and_google(tmp_path: Path) -> None:
     from PIL import Image
 
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "a.png")
     script = (
         "import sys\nfrom sdtune.cli.app import main\n"
-        f"sys.argv = ['sdtune', 'train', 'dreambooth-lora', '--instance-prompt=x', '--dataset={tmp_path}', "
+        f"sys.argv = ['sdtune', 'train', 'dreambooth-lora', '--instance-prompt=x', '--dataset={tmp_path}/data', "
         f"'--output={tmp_path}/out', '--dry-run']\n"
         "try:\n    main()\nfinally:\n    print('LOADED', *sys.modules)"
     )

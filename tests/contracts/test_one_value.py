@@ -90,6 +90,7 @@ VALUES: dict[str, Any] = {
     "random_flip": True,
     "gradient_checkpointing": True,
     "optimizer": "lion",
+    "lr_num_cycles": 3,
     "held_out_images": 3,
     "held_out_every": 50,
     "with_prior_preservation": True,
@@ -104,6 +105,7 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a cat", "class_data_d
 BESIDE: dict[str, dict[str, Any]] = {
     "lr_warmup_steps": {"lr_scheduler": "linear"},
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
+    "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
     "conv_alpha": {"conv_dim": 6},
     "keep_tokens": {"shuffle_caption": True},
     "random_crop": {"cache_latents": False},

@@ -139,7 +139,7 @@ def test_a_stopped_run_stops_sd_scripts(tmp_path: Path, dataset: Path) -> None:
     process.stdout.read()  # ends when the last process that writes to it has ended
     assert process.wait(timeout=30) == 130
     assert not list(tmp_path.glob("sdtune-kohya-*"))
-    assert {path.name for path in (tmp_path / "my cat").iterdir()} == {"logs"}
+    assert {path.name for path in (tmp_path / "my cat").iterdir()} == {"logs", ".sdtune"}
 
 
 def test_where_sd_scripts_is_must_be_told(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_every_sample_is_there(shown: int, samples: int) -> None:
 
 def test_before_stands_above_after_and_long_prompts_are_cut() -> None:
     rows = [("before", plain("#ff0000", 1)), ("after", plain("#0000ff", 1))]
-    sheet = contact_sheet("x" * 500, plain("#00ff00", 1), [("a “prompt” " * 100, rows)])
+    sheet = contact_sheet("x\ny" * 500, plain("#00ff00", 1), [("a “prompt” " * 100, rows)])
     column = [sheet.getpixel((100, y)) for y in range(sheet.height)]
     assert column.index((0, 255, 0)) < column.index((255, 0, 0)) < column.index((0, 0, 255))
     assert sheet.width < 1000

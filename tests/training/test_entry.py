@@ -138,7 +138,7 @@ def test_a_stopped_run_leaves_no_half_written_file(
     process.stdout.read()
     assert process.wait(timeout=30) == 130
     assert time.monotonic() - started < 10
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs", ".sdtune"}
 
 
 def test_wrong_arguments_are_told_as_an_event() -> None:

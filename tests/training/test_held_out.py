@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.training.components.data import CachedImages, cache_images
 from sdtune.training.components.dataset import read_dataset
 from sdtune.training.components.held_out import HeldOutLoss
+from sdtune.training.components.lora import attach_lora
 from sdtune.training.components.models import Parts
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
@@ -60,3 +63,19 @@ def test_it_is_measured_when_due(
         measured.measure_if_due(step)
     told = [events.parse(line) for line in capsys.readouterr().out.splitlines()]
     assert [event.step for event in told if isinstance(event, events.Measure)] == [3, 6, 7]
+
+
+def test_dropout_of_a_trained_text_encoder_is_off(settings: dict[str, Any], run: Run, parts: Parts) -> None:
+    trained = DreamBoothLora.from_settings({**settings, "train_text_encoder": True, "lora_dropout": 0.9})
+    attach_lora(parts, trained)
+    for encoder in parts.text_encoders:
+        for name, weight in encoder.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight)
+    pictures, _ = read_dataset(trained, run, "a photo of sks cat")
+    captions = Captions(parts, trained, pictures, run, trained=True)
+    measured = HeldOutLoss(parts, cache_images(pictures, captions, parts, trained, run), captions, trained, run)
+    for module in (parts.unet, *parts.text_encoders):
+        module.train()
+    assert measured.measure(step=0) == measured.measure(step=1)
+    assert parts.text_encoders[0].training

@@ -99,3 +99,8 @@ def test_a_file_that_is_no_checkpoint_is_named(method: DreamBoothLora, run: Run,
     (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(TrainingError):
         load_parts(changed(method, base_model=str(tmp_path / "model.safetensors")), run)
+
+
+def test_more_layers_than_there_are_cannot_be_left_out(method: DreamBoothLora, run: Run) -> None:
+    with pytest.raises(TrainingError, match="clip_skip: found 8, but this text encoder has 3 layers; at most 2"):
+        load_parts(changed(method, clip_skip=8), run)

@@ -41,7 +41,7 @@ def test_they_are_drawn_once(settings: dict[str, Any], parts: Parts, run: Run) -
 
 
 @pytest.mark.parametrize(
-    "change", [{"class_prompt": "a red cat"}, {"seed": 8}, {"resolution": 64}, {"sample_steps": 3}]
+    "change", [{"class_prompt": "a red cat"}, {"seed": 8}, {"resolution": 64}, {"sample_steps": 3}, {"clip_skip": 1}]
 )
 def test_another_prompt_or_drawing_gives_other_pictures(
     settings: dict[str, Any], parts: Parts, run: Run, change: dict[str, Any]

@@ -57,7 +57,7 @@ def test_a_caption_that_is_cut_is_warned_of(
     notes = [event for event in told if isinstance(event, events.Note)]
     assert len(notes) == 1
     assert notes[0].level == "warning"
-    assert "only the first 75 are read" in notes[0].text
+    assert "1 of 1 captions are longer than 75 tokens" in notes[0].text
 
 
 def test_captions_are_found_again(method: DreamBoothLora, parts: Parts, run: Run) -> None:

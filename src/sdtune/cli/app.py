@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, ClassVar
 
@@ -10,8 +11,6 @@ import typer
 from sdtune import __version__
 from sdtune.cli.lazy import LazyGroup
 from sdtune.errors import SdtuneError
-
-INTERRUPTED = 130
 
 
 class Commands(LazyGroup):
@@ -50,6 +49,9 @@ def root(
 
 def main() -> None:
     """Run the command line; ends the process with its exit code."""
+    # A terminal that closes, or a supervisor, stops a run as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         app()
     except SdtuneError as error:
@@ -58,9 +60,13 @@ def main() -> None:
         # Even an error that comes before any command has read its options keeps to the form that was asked for.
         open_console(json="--json" in sys.argv).error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped.", err=True)
-        sys.exit(INTERRUPTED)
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

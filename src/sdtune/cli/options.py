@@ -48,7 +48,7 @@ def read_config(path: Path | None, method: type[CommonFields]) -> dict[str, Any]
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"config: {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"config: {path} is not YAML: {error}") from None
     if recipe is None:
         return {}

@@ -49,6 +49,10 @@ class Console(ABC):
         """Show a run as it goes, then where its result is."""
 
     @abstractmethod
+    def stopped(self) -> None:
+        """The run was stopped by the user."""
+
+    @abstractmethod
     def error(self, error: SdtuneError) -> None:
         """Why the command ends without its result."""
 
@@ -87,6 +91,9 @@ class JsonConsole(Console):
                 self._line("log", text=item.text)
             else:
                 self._line(**events.to_dict(item))
+
+    def stopped(self) -> None:
+        self._line("stopped")
 
     def error(self, error: SdtuneError) -> None:
         self._line("error", kind=error.kind, text=str(error), exit_code=error.exit_code)
@@ -133,6 +140,9 @@ class HumanConsole(Console):
 
     def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
         run_view.follow(self.out, stream)
+
+    def stopped(self) -> None:
+        self.out.print("[yellow]Stopped.[/] The run was ended and left no result.")
 
     def error(self, error: SdtuneError) -> None:
         RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")

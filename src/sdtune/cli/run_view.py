@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from sdtune import events
@@ -62,7 +63,7 @@ class _Figures(ProgressColumn):
     """What the running phase has to say in numbers."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields.get("figures", ""), style="cyan")
+        return Text(task.fields.get("figures", ""), style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 class _Bars:
@@ -73,7 +74,7 @@ class _Bars:
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            _Figures(),
+            _Figures(table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=out,
         )
         self._task: TaskID | None = None

@@ -16,6 +16,8 @@ from sdtune.commands.train import plan_train, train
 from sdtune.methods.catalog import ALIASES, METHODS
 from sdtune.methods.fields import CommonFields
 
+INTERRUPTED = 130
+
 
 class Methods(TyperGroup):
     """The methods, also by their older names, which the help does not list."""
@@ -56,7 +58,11 @@ def run(
     if dry_run:
         console.rendered(plan.rendered)
         return
-    console.follow(train(plan, place))
+    try:
+        console.follow(train(plan, place))
+    except KeyboardInterrupt:
+        console.stopped()
+        raise typer.Exit(INTERRUPTED) from None
 
 
 JOB_OPTIONS = {

@@ -12,13 +12,11 @@ from sdtune import events
 from sdtune.errors import ERRORS, DatasetError, JobError, RecipeError, SdtuneError
 from sdtune.jobs.backend import Backend, LogLine
 from sdtune.jobs.spec import JobSpec, plan_training
+from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.base_models import BaseModel, find_base_model
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Ledger
-
-FINISHED_MARK = "recipe.yaml"
-"""Written last by the trainer: an output folder that has it holds a finished run."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,18 @@ def plan_train(
         _check_class_pictures(method, settings)
     with mistakes:
         target = _free_output(output, backend, overwrite)
+        _check_apart(target, dataset, settings, backend)
     with mistakes:
         if dataset is None:
             raise RecipeError("dataset: missing; give --dataset, the folder with the training pictures.")
         # What is wrong with the settings does not hide what is wrong with the dataset.
         resolution = None if mistakes.found else recipe.resolution or base_model.resolution
-        ledger = check(Path(dataset), method.layout, resolution=resolution, progress=progress)
+        ledger = check(Path(dataset).expanduser(), method.layout, resolution=resolution, progress=progress)
         if show:
             show(ledger)
         ledger.raise_for_errors()
+        if not mistakes.found:
+            recipe.check_examples(len(ledger.examples))
     mistakes.raise_if_any()
     # The training process may start in another folder.
     here = {"base_model": base_model.path, "class_data_dir": getattr(recipe, "class_data_dir", None)}
@@ -79,19 +80,37 @@ def _check_class_pictures(method: type[CommonFields], settings: Mapping[str, Any
     if not folder or "class_data_dir" not in method.model_fields:
         return
     try:
-        check(Path(str(folder)), method.layout).raise_for_errors()
+        check(Path(str(folder)).expanduser(), method.layout).raise_for_errors()
     except DatasetError as error:
         raise DatasetError(f"class_data_dir: {error}") from None
 
 
 def _free_output(output: str | None, backend: Backend, overwrite: bool) -> str:
     """Where the result goes, as the training process will see it."""
-    if output is None:
+    if not output:
         raise RecipeError("output: missing; give --output, the folder for the result.")
     target = backend.resolve(output)
-    if FINISHED_MARK in backend.list_files(target) and not overwrite:
+    if not backend.can_write(target):
+        raise RecipeError(f"output: {output} is no folder, or cannot be written to; choose another --output.")
+    if target.rpartition("/")[2] == "pytorch_lora_weights":
+        raise RecipeError("output: a folder of this name would give both files of the result one name; choose another.")
+    names = backend.list_names(target)
+    if RECIPE_FILE in names and not overwrite:
         raise RecipeError(f"output: {output} already holds a finished run; choose another --output or add --overwrite.")
+    if names and not {RECIPE_FILE, MARK} & set(names):
+        raise RecipeError(
+            f"output: {output} holds other files, such as {names[0]!r}; "
+            "choose a new folder, so that none is overwritten."
+        )
     return target
+
+
+def _check_apart(target: str, dataset: str | None, settings: Mapping[str, Any], backend: Backend) -> None:
+    """The result must not be written among what it is made from."""
+    sources = {"dataset": dataset, **{name: settings.get(name) for name in ("base_model", "class_data_dir")}}
+    for name, source in sources.items():
+        if source and f"{target}/".startswith(backend.resolve(str(source)) + "/"):
+            raise RecipeError(f"output: {target} is the {name} or lies in it; choose a folder of its own.")
 
 
 class Mistakes:

@@ -18,4 +18,4 @@ def validate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Ledger:
     """The ledger of ``dataset`` as ``method`` would read it. resolution: side of the training pictures in pixels."""
-    return check(Path(dataset), method.layout, resolution=resolution, progress=progress)
+    return check(Path(dataset).expanduser(), method.layout, resolution=resolution, progress=progress)

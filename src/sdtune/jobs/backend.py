@@ -34,8 +34,12 @@ class Backend(Protocol):
         """``path``, of a dataset or an output, as the training process will see it."""
         ...
 
-    def list_files(self, folder: str) -> list[str]:
-        """Names of the files directly in ``folder``; empty if there is no such folder."""
+    def list_names(self, folder: str) -> list[str]:
+        """Names of what lies directly in ``folder``; empty if there is no such folder."""
+        ...
+
+    def can_write(self, folder: str) -> bool:
+        """Whether ``folder`` is there, or can be made, and files can be written to it."""
         ...
 
     def render(self, job: JobSpec) -> dict[str, Any]:

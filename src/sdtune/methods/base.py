@@ -20,6 +20,11 @@ from pydantic_core import ErrorDetails
 from sdtune.errors import RecipeError
 from sdtune.methods.ledger import Layout
 
+RECIPE_FILE = "recipe.yaml"
+"""Written last by a run: an output folder that has it holds a finished one."""
+MARK = ".sdtune"
+"""Written first by a run: an output folder that has it was made by sdtune."""
+
 
 @dataclass(frozen=True)
 class Tunable:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from sdtune.errors import DatasetError
 from sdtune.methods.base import Method, Tunable
 
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
@@ -79,6 +80,9 @@ class CommonFields(Method):
             }
         )
 
+    def check_examples(self, count: int) -> None:
+        """DatasetError if so many pictures are not enough for these settings."""
+
     def sample_prompts(self) -> tuple[str, ...]:
         """The prompts that samples are drawn from; a method without an own prompt has none unless told."""
         return self.sample_prompt
@@ -98,6 +102,7 @@ class TrainingFields(CommonFields):
         Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
         Field(description="How the learning rate moves over the run."),
     ] = "constant"
+    lr_num_cycles: Annotated[int, Field(ge=1, description="Rounds of cosine_with_restarts.")] = 1
     lr_warmup_steps: Annotated[int, Field(ge=0, description="Steps over which the learning rate rises from 0.")] = 0
     adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment.")] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment.")] = 0.999
@@ -125,6 +130,41 @@ class TrainingFields(CommonFields):
     held_out_every: Annotated[
         int, Field(ge=0, description="Measure the held-out loss every so many steps; 0: before and after training.")
     ] = 0
+
+    @field_validator("optimizer")
+    @classmethod
+    def _prodigy_finds_its_own_rate(cls, optimizer: str, info: ValidationInfo) -> str:
+        rate = info.data.get("learning_rate", 1.0)
+        if optimizer == "prodigy" and rate < 0.1:
+            raise ValueError(f"found prodigy with learning_rate {rate}, which scales the rate it finds; use about 1.")
+        return optimizer
+
+    @field_validator("lr_num_cycles")
+    @classmethod
+    def _cycles_belong_to_restarts(cls, cycles: int, info: ValidationInfo) -> int:
+        restarts = info.data.get("lr_scheduler") == "cosine_with_restarts"
+        if restarts and cycles == 1:
+            raise ValueError("found 1, with which cosine_with_restarts never restarts; use 2 or more, or cosine.")
+        if not restarts and cycles != 1 and "lr_scheduler" in info.data:
+            raise ValueError(f"found {cycles}, which only cosine_with_restarts has a use for; leave it out.")
+        return cycles
+
+    @field_validator("adam_beta1", "adam_beta2", "adam_epsilon")
+    @classmethod
+    def _the_optimizer_has_it(cls, value: float, info: ValidationInfo) -> float:
+        name = str(info.field_name)
+        without = {"adafactor", "lion"} if name == "adam_epsilon" else {"adafactor"}
+        optimizer = info.data.get("optimizer")
+        if optimizer in without and value != cls.model_fields[name].default:
+            raise ValueError(f"found {value}, but {optimizer} has no such setting; leave it out.")
+        return value
+
+    def check_examples(self, count: int) -> None:
+        if self.held_out_images >= count:
+            raise DatasetError(
+                f"held_out_images: {self.held_out_images} of {count} pictures would leave none to train on; "
+                "keep fewer out."
+            )
 
     @field_validator("lr_warmup_steps")
     @classmethod
@@ -164,8 +204,9 @@ class DreamBoothFields(Method):
     @classmethod
     def _belongs_to_the_prior(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
-        wanted = info.data.get("with_prior_preservation", False)
-        if not wanted and value != cls.model_fields[name].default:
+        # None, if what was given for it is itself a mistake: that one is enough.
+        wanted = info.data.get("with_prior_preservation")
+        if wanted is False and value != cls.model_fields[name].default:
             raise ValueError(
                 f"found {value!r}, which has no use without prior preservation; "
                 "add --with-prior-preservation or leave it out."

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sdtune import __version__, events
 from sdtune.errors import TrainingError
+from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.fields import CommonFields
 from sdtune.training.components.files import publish
 
@@ -46,10 +47,12 @@ class Run:
         signal.signal(signal.SIGTERM, _raise_interrupt)
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        for leftover in (LOGS, SAMPLES):
-            shutil.rmtree(output / leftover, ignore_errors=True)
         try:
             output.mkdir(parents=True, exist_ok=True)
+            # Until this run has ended, the folder holds no finished one.
+            (output / RECIPE_FILE).unlink(missing_ok=True)
+            (output / MARK).write_text(f"The output of a run of sdtune {__version__}.\n", encoding="utf-8")
+            _remove_what_was_drawn(output)
             tensorboard = SummaryWriter(output / LOGS)
         except OSError as error:
             raise TrainingError(f"output: {output} cannot be written ({error}); choose another --output.") from None
@@ -110,13 +113,13 @@ class Run:
     def _save_recipe(self, method: CommonFields) -> None:
         used = {"method": method.name, **method.settings()}
         text = (
-            f"# What sdtune {__version__} trained {self.output.name} with. Train the same again with\n"
+            f"# What sdtune {__version__} trained {self.output.name!r} with. Train the same again with\n"
             f"#   sdtune train {method.name} --config recipe.yaml --dataset DIR --output DIR\n"
             + yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
         )
-        with publish(self.output / "recipe.yaml") as temporary:
+        with publish(self.output / RECIPE_FILE) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        self.tell(events.Artifact("recipe", str(self.output / "recipe.yaml")))
+        self.tell(events.Artifact("recipe", str(self.output / RECIPE_FILE)))
 
 
 def mixed_precision(setting: str) -> str:
@@ -126,6 +129,14 @@ def mixed_precision(setting: str) -> str:
     if not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _remove_what_was_drawn(output: Path) -> None:
+    """The curves and samples of an earlier run, and nothing else that may lie there."""
+    for curve in (output / LOGS).glob("events.out.tfevents.*"):
+        curve.unlink()
+    for drawn in (output / SAMPLES).glob("step-*"):
+        shutil.rmtree(drawn)
 
 
 def _pixels(picture: Image.Image) -> Any:

@@ -17,6 +17,7 @@ from sdtune.jobs.spec import JobSpec
 
 # A library's own bars and hints would drown the run's progress. UTF-8 whatever the terminal's locale says.
 ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONUTF8": "1",
@@ -26,7 +27,7 @@ SECONDS_TO_STOP = 15.0
 
 
 class LocalBackend:
-    """Jobs as child processes; they end with this process."""
+    """Jobs as child processes."""
 
     name = "local"
 
@@ -40,9 +41,14 @@ class LocalBackend:
     def resolve(self, path: str) -> str:
         return str(Path(path).expanduser().resolve())
 
-    def list_files(self, folder: str) -> list[str]:
+    def list_names(self, folder: str) -> list[str]:
         path = Path(folder)
-        return sorted(entry.name for entry in path.iterdir() if entry.is_file()) if path.is_dir() else []
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+    def can_write(self, folder: str) -> bool:
+        path = Path(folder)
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) and not _is_virtual(existing)
 
     def render(self, job: JobSpec) -> dict[str, Any]:
         return {"command": [sys.executable, "-m", "sdtune.training", *job.args], "environment": ENVIRONMENT}
@@ -51,7 +57,7 @@ class LocalBackend:
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
             raise ProjectError(
                 "training on this machine needs torch and diffusers, which this Python does not have; "
-                "install them with: pip install 'sdtune[train]'"
+                "install them with: pip install -e '.[train]' in sdtune's folder"
             )
         rendered = self.render(job)
         process = subprocess.Popen(
@@ -88,6 +94,11 @@ class LocalBackend:
                 process.wait(SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
                 continue
+
+
+def _is_virtual(folder: Path) -> bool:
+    """Root may write there, says the system, but no file can be made."""
+    return folder.is_relative_to("/proc") or folder.is_relative_to("/sys")
 
 
 def _gpus() -> list[str]:

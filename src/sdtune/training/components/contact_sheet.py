@@ -57,7 +57,8 @@ def _tile(pictures: int, columns: int) -> int:
 
 
 def _fit(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """``text`` cut so that it is at most ``width`` pixels wide."""
+    """``text`` on one line, cut so that it is at most ``width`` pixels wide."""
+    text = " ".join(text.split())
     if pen.textlength(text, font) <= width:
         return text
     while text and pen.textlength(text + " ...", font) > width:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from sdtune.errors import DatasetError
 from sdtune.methods.fields import TrainingFields
 from sdtune.methods.images import open_image
 from sdtune.methods.layouts import check
@@ -34,11 +33,8 @@ def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[li
     pictures = [
         Picture(run.dataset / example.image, example.caption or prompt, example.repeats) for example in ledger.examples
     ]
+    method.check_examples(len(pictures))
     count = method.held_out_images
-    if count >= len(pictures):
-        raise DatasetError(
-            f"held_out_images: {count} of {len(pictures)} pictures would leave none to train on; keep fewer out."
-        )
     apart = {round(number * len(pictures) / count) for number in range(count)}
     return (
         [picture for number, picture in enumerate(pictures) if number not in apart],

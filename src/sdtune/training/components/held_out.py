@@ -38,9 +38,7 @@ class HeldOutLoss:
     @torch.no_grad()
     def measure(self, step: int) -> float:
         """The loss after ``step`` steps, told as an event."""
-        training = self._parts.unet.training
-        self._parts.unet.eval()
-        with self._run.accelerator.autocast():
+        with self._parts.evaluating(), self._run.accelerator.autocast():
             found = torch.cat(
                 [
                     errors(
@@ -54,7 +52,6 @@ class HeldOutLoss:
                     for at in range(0, DRAWS, AT_ONCE)
                 ]
             )
-        self._parts.unet.train(training)
         value = round(found.mean().item(), 6)
         self._run.tell(events.Measure("held_out_loss", step, value))
         return value

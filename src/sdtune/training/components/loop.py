@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,14 +21,6 @@ SECONDS_BETWEEN_REPORTS = 1.0
 STEPS_TO_JUDGE_SPEED = 3
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What the loop leaves behind: the mean loss over the last tenth of the steps, and the seconds it took."""
-
-    loss: float
-    seconds: float
-
-
 def fit(
     loss_of: Callable[[Batch], torch.Tensor],
     parts: Parts,
@@ -39,8 +30,10 @@ def fit(
     method: TrainingFields,
     run: Run,
     after_step: Sequence[Callable[[int], None]] = (),
-) -> Fitted:
-    """Train for ``max_train_steps`` optimizer steps; ``after_step`` is called with the number of each.
+) -> float:
+    """Train for ``max_train_steps`` optimizer steps; the mean loss over their last tenth.
+
+    ``after_step`` is called with the number of each step.
 
     Losses stay on the device until a report is due: reading one makes the host wait for the GPU.
     Raises TrainingError as soon as a report finds a loss that is not finite.
@@ -88,10 +81,7 @@ def fit(
             reported, last_report = step, now
         for call in after_step:
             call(step)
-    return Fitted(
-        loss=finite_mean(losses[-last_tenth:], method.max_train_steps - last_tenth + 1, method.max_train_steps),
-        seconds=time.perf_counter() - started,
-    )
+    return finite_mean(losses[-last_tenth:], method.max_train_steps - last_tenth + 1, method.max_train_steps)
 
 
 def finite_mean(losses: list[torch.Tensor], first: int, last: int) -> float:

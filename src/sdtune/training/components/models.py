@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ class Parts:
             named |= {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": encoder}
         return named
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The parts without dropout inside the block; afterwards as they were."""
+        training = [module.training for module in self.modules]
+        try:
+            for module in self.modules:
+                module.eval()
+            yield
+        finally:
+            for module, was in zip(self.modules, training, strict=True):
+                module.train(was)
+
     @property
     def modules(self) -> list[Any]:
         """Everything with weights."""
@@ -99,6 +112,7 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
         noise_scheduler=DDPMScheduler.from_config(loaded["scheduler"].config),
         family=_family(loaded),
     )
+    _check_clip_skip(parts, method)
     full = [
         *(parts.text_encoders if "text_encoder" in trained else []),
         *([parts.unet] if "unet" in trained else []),
@@ -136,6 +150,16 @@ def _from_pretrained(base: str, method: str) -> dict[str, Any]:
         }
     except (OSError, ValueError) as error:
         raise TrainingError(f"base_model: {base} is not whole: {error}") from None
+
+
+def _check_clip_skip(parts: Parts, method: TrainingFields) -> None:
+    layers = min(encoder.config.num_hidden_layers for encoder in parts.text_encoders)
+    most = layers - (2 if parts.family is Family.SDXL else 1)
+    if method.clip_skip > most:
+        raise TrainingError(
+            f"clip_skip: found {method.clip_skip}, but this text encoder has {layers} layers; "
+            f"at most {most} can be left out."
+        )
 
 
 def pipeline_of(parts: Parts, **others: Any) -> Any:

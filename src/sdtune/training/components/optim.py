@@ -25,6 +25,7 @@ def build_optimizer(groups: list[Group], method: TrainingFields) -> tuple[torch.
         optimizer,
         num_warmup_steps=method.lr_warmup_steps,
         num_training_steps=method.max_train_steps,
+        num_cycles=method.lr_num_cycles,
     )
     return optimizer, schedule
 
@@ -83,5 +84,5 @@ def _library(name: str) -> Any:
     except ImportError as error:
         raise TrainingError(
             f"optimizer: the library {name} is not installed here ({error}); "
-            "install it with pip install 'sdtune[optimizers]', or use --optimizer adamw."
+            "install it with pip install -e '.[optimizers]' in sdtune's folder, or use --optimizer adamw."
         ) from None

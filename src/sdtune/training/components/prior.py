@@ -59,6 +59,9 @@ def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run)
         "seed": method.seed,
         "sample_steps": method.sample_steps,
         "guidance_scale": method.guidance_scale,
+        "clip_skip": method.clip_skip,
+        "max_token_length": method.max_token_length,
+        "mixed_precision": run.mixed_precision,
     }
     name = hashlib.sha256(json.dumps(drawing, sort_keys=True).encode()).hexdigest()[:12]
     folder = run.output / "class_pictures" / name

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def draw(
 
     pipeline = pipeline_of(parts, scheduler=DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
-    with _drawing(parts), run.accelerator.autocast():
+    with parts.evaluating(), run.accelerator.autocast():
         wanted, unwanted = encode(parts, method, [prompt]), encode(parts, method, [""])
         embeddings = {
             name: tensor.expand(len(seeds), *tensor.shape[1:])
@@ -116,14 +115,3 @@ def _noise(parts: Parts, side: int, seed: int) -> torch.Tensor:
     shape = (1, parts.unet.config.in_channels, side // parts.vae_scale, side // parts.vae_scale)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return noise.to(parts.unet.device, parts.unet.dtype)
-
-
-@contextmanager
-def _drawing(parts: Parts) -> Iterator[None]:
-    """The parts as they draw, without dropout; afterwards as they were."""
-    training = [module.training for module in parts.modules]
-    for module in parts.modules:
-        module.eval()
-    yield
-    for module, was in zip(parts.modules, training, strict=True):
-        module.train(was)

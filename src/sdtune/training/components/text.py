@@ -42,12 +42,13 @@ class Captions:
         # The empty caption stands at 0: caption dropout asks for it.
         self.texts = ["", *sorted({picture.caption for picture in pictures} - {""})]
         _warn_of_long(parts, method, self.texts, run)
+        self._rows = {text: row for row, text in enumerate(self.texts)}
         self._token_ids = token_ids(parts, method, self.texts)
         self._encoded = None if trained else encode(parts, method, self.texts)
 
     def row(self, caption: str) -> int:
         """The number that stands for ``caption`` in a batch."""
-        return self.texts.index(caption)
+        return self._rows[caption]
 
     def encode(self, rows: torch.Tensor) -> Conditioning:
         """What the UNet reads for these rows, int64 [batch]; with a gradient if a text encoder is trained."""
@@ -109,13 +110,14 @@ def _final_layer_norm(encoder: Any) -> Any:
 
 def _warn_of_long(parts: Parts, method: TrainingFields, texts: Sequence[str], run: Run) -> None:
     limit = method.max_token_length
-    for text in texts:
-        tokens = len(parts.tokenizers[0](text, add_special_tokens=False, verbose=False).input_ids)
-        if tokens > limit:
-            run.tell(
-                events.Note(
-                    f"a caption has {tokens} tokens and only the first {limit} are read (--max-token-length goes up "
-                    f"to 225): {text[:60]!r} ...",
-                    level="warning",
-                )
+    counts = [len(parts.tokenizers[0](text, add_special_tokens=False, verbose=False).input_ids) for text in texts]
+    long = [text for text, tokens in zip(texts, counts, strict=True) if tokens > limit]
+    if long:
+        run.tell(
+            events.Note(
+                f"{len(long)} of {len(texts) - 1} captions are longer than {limit} tokens (the longest has "
+                f"{max(counts)}), and only the first {limit} are read; --max-token-length goes up to 225. "
+                f"The first: {long[0][:60]!r} ...",
+                level="warning",
             )
+        )

@@ -38,7 +38,7 @@ def train(method: TextToImage, run: Run) -> None:
     weights = WholeModel(parts, method, ["unet"])
     optimizer, schedule = build_optimizer(weights.groups, method)
     noise = torch.Generator().manual_seed(method.seed + 1)
-    fitted = fit(
+    loss = fit(
         lambda batch: diffusion_loss(parts, batch, captions, method, noise),
         parts, optimizer, schedule, batches, method, run,
         after_step=[weights.average, samples.draw_if_due, held_out.measure_if_due],
@@ -46,4 +46,4 @@ def train(method: TextToImage, run: Run) -> None:
     change = weights.save(run)
     samples.draw(step=method.max_train_steps)
     samples.save_contact_sheet(images)
-    run.finish(method, fitted.loss, change)
+    run.finish(method, loss, change)

@@ -37,7 +37,7 @@ def train(method: TextToImageLora, run: Run) -> None:
     samples = Samples(parts, method, run)
     samples.draw(step=0)
     held_out.measure(step=0)
-    fitted = fit(
+    loss = fit(
         lambda batch: diffusion_loss(parts, batch, captions, method, noise),
         parts, optimizer, schedule, batches, method, run,
         after_step=[samples.draw_if_due, held_out.measure_if_due],
@@ -45,4 +45,4 @@ def train(method: TextToImageLora, run: Run) -> None:
     change = save_lora(parts, method, run, images)
     samples.draw(step=method.max_train_steps)
     samples.save_contact_sheet(images)
-    run.finish(method, fitted.loss, change)
+    run.finish(method, loss, change)
