@@ -50,6 +50,12 @@ class CommonFields(Method):
         float, Field(gt=0, le=1, description="Peak learning rate of the optimizer."), Tunable(1e-6, 1e-3, log=True)
     ] = 1e-4
 
+    lr_scheduler: Annotated[
+        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        Field(description="How the learning rate moves over the run."),
+    ] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0, description="Steps over which the learning rate rises from 0.")] = 0
+
     sample_prompt: Annotated[
         tuple[Prompt, ...],
         Field(description="A prompt to draw before and after training; repeatable. Not given: the method's own."),
@@ -58,6 +64,21 @@ class CommonFields(Method):
     sample_every: Annotated[int, Field(ge=0, description="Also draw the samples every so many steps; 0: do not.")] = 0
     sample_steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps of a sample picture.")] = 25
     guidance_scale: Annotated[float, Field(ge=1, le=50, description="Classifier-free guidance of the samples.")] = 7.5
+
+    @field_validator("lr_warmup_steps")
+    @classmethod
+    def _warmup_has_a_use(cls, steps: int, info: ValidationInfo) -> int:
+        total = info.data.get("max_train_steps")
+        if steps and info.data.get("lr_scheduler") == "constant":
+            raise ValueError(
+                f"found {steps} with lr_scheduler constant, which has no warm-up; "
+                "use constant_with_warmup or leave it out."
+            )
+        if total is not None and steps >= total:
+            raise ValueError(
+                f"found {steps}, but max_train_steps is {total}; the warm-up must be shorter than the run."
+            )
+        return steps
 
     @field_validator("sample_every")
     @classmethod
@@ -98,12 +119,7 @@ class TrainingFields(CommonFields):
         Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"],
         Field(description="The optimizer. adamw8bit takes less memory; prodigy finds its own rate: learning rate 1."),
     ] = "adamw"
-    lr_scheduler: Annotated[
-        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
-        Field(description="How the learning rate moves over the run."),
-    ] = "constant"
     lr_num_cycles: Annotated[int, Field(ge=1, description="Rounds of cosine_with_restarts.")] = 1
-    lr_warmup_steps: Annotated[int, Field(ge=0, description="Steps over which the learning rate rises from 0.")] = 0
     adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment.")] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment.")] = 0.999
     adam_weight_decay: Annotated[float, Field(ge=0, description="AdamW's decoupled weight decay.")] = 1e-2
@@ -165,21 +181,6 @@ class TrainingFields(CommonFields):
                 f"held_out_images: {self.held_out_images} of {count} pictures would leave none to train on; "
                 "keep fewer out."
             )
-
-    @field_validator("lr_warmup_steps")
-    @classmethod
-    def _warmup_has_a_use(cls, steps: int, info: ValidationInfo) -> int:
-        total = info.data.get("max_train_steps")
-        if steps and info.data.get("lr_scheduler") == "constant":
-            raise ValueError(
-                f"found {steps} with lr_scheduler constant, which has no warm-up; "
-                "use constant_with_warmup or leave it out."
-            )
-        if total is not None and steps >= total:
-            raise ValueError(
-                f"found {steps}, but max_train_steps is {total}; the warm-up must be shorter than the run."
-            )
-        return steps
 
 
 class DreamBoothFields(Method):

@@ -53,11 +53,6 @@ class KohyaFields(CommonFields):
         tuple[str, ...],
         Field(description="An argument of the optimizer, such as weight_decay=0.01 or betas=0.9,0.99; repeatable."),
     ] = ()
-    lr_scheduler: Annotated[
-        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
-        Field(description="How the learning rate moves over the run."),
-    ] = "constant"
-    lr_warmup_steps: Annotated[int, Field(ge=0, description="Steps over which the learning rate rises from 0.")] = 0
     lr_scheduler_num_cycles: Annotated[int, Field(ge=1, description="How often cosine_with_restarts starts again.")] = 1
     max_grad_norm: Annotated[
         float, Field(ge=0, description="Gradients are clipped to this norm; 0: they are not clipped.")
@@ -157,21 +152,6 @@ class KohyaFields(CommonFields):
             if not re.fullmatch(r"[a-z]\w*=[\w.,+()\[\]-]+", argument):
                 raise ValueError(f"found {argument!r}, wanted name=value without spaces, such as weight_decay=0.01.")
         return arguments
-
-    @field_validator("lr_warmup_steps")
-    @classmethod
-    def _warmup_has_a_use(cls, steps: int, info: ValidationInfo) -> int:
-        total = info.data.get("max_train_steps")
-        if steps and info.data.get("lr_scheduler") == "constant":
-            raise ValueError(
-                f"found {steps} with lr_scheduler constant, which has no warm-up; "
-                "use constant_with_warmup or leave it out."
-            )
-        if total is not None and steps >= total:
-            raise ValueError(
-                f"found {steps}, but max_train_steps is {total}; the warm-up must be shorter than the run."
-            )
-        return steps
 
     @field_validator("lr_scheduler_num_cycles")
     @classmethod
