@@ -24,7 +24,7 @@ from world_classifier import classify
 from tests.conftest import BASE_MODEL, DATASETS, ROOT
 
 SEEDS = (1, 2, 3)
-STEPS = 220
+STEPS = 150
 PRIOR = [
     ("red", "ball", "blue"),
     ("yellow", "star", "purple"),
@@ -53,7 +53,7 @@ def fine_tune(seed: int, output: Path) -> Learned:
         "--base-model", str(BASE_MODEL), "--dataset", str(DATASETS / "images"), "--output", str(output),
         "--instance-prompt", "a photo of sks cat", "--sample-prompt", "a photo of sks cat",
         "--config", str(ROOT / "examples" / "recipes" / "dreambooth-lora.yaml"),
-        "--max-train-steps", str(STEPS), "--num-class-images", "16", "--seed", str(seed),
+        "--max-train-steps", str(STEPS), "--num-class-images", "8", "--sample-steps", "15", "--seed", str(seed),
     ]  # fmt: skip
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -106,11 +106,11 @@ def draw(opened: Any, prompt: str, seeds: list[int], steps: int = 25) -> list[Im
 
 
 def test_the_subject_is_learned(learned: list[Learned]) -> None:
-    """Measured: from 0.00, 0.01 and -0.01 before training to 0.61, 0.64 and 0.57 after."""
+    """Measured: from 0.01, 0.01 and 0.00 before training to 0.47, 0.41 and 0.44 after."""
     references = [Image.open(path) for path in sorted((DATASETS / "images").iterdir())]
     for run in learned:
         before, after = likeness(run.samples(0), references), likeness(run.samples(STEPS), references)
-        assert after > before + 0.3, f"seed {run.seed}: {before:.2f} before, {after:.2f} after"
+        assert after > before + 0.25, f"seed {run.seed}: {before:.2f} before, {after:.2f} after"
 
 
 def test_the_prior_is_kept(learned: list[Learned]) -> None:

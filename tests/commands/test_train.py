@@ -73,7 +73,9 @@ def test_a_bad_dataset_stops_before_the_start(settings: dict[str, Any], tmp_path
     (tmp_path / "data").mkdir()
     shown = []
     with pytest.raises(DatasetError):
-        plan_train(DreamBoothLora, settings, str(tmp_path / "data"), "out", LocalBackend(), show=shown.append)
+        plan_train(
+            DreamBoothLora, settings, str(tmp_path / "data"), str(tmp_path / "out"), LocalBackend(), show=shown.append
+        )
     assert len(shown) == 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from sdtune import __version__, events
 from sdtune.errors import TrainingError
 from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.fields import CommonFields
+from sdtune.training import interrupts
 from sdtune.training.components.files import publish
 
 LOGS = "logs"
@@ -43,8 +43,7 @@ class Run:
     @contextmanager
     def open(cls, method: CommonFields, dataset: Path, output: Path) -> Iterator[Run]:
         """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced."""
-        # Stopping a job must unwind it: temporary files go, event files are closed.
-        signal.signal(signal.SIGTERM, _raise_interrupt)
+        interrupts.listen()
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
         try:
@@ -80,11 +79,16 @@ class Run:
         """Say it on standard output, and draw it in TensorBoard where it is a number."""
         events.emit(event)
         if isinstance(event, events.Step):
-            self.tensorboard.add_scalar("train/loss", event.loss, event.step)
-            self.tensorboard.add_scalar("train/learning_rate", event.learning_rate, event.step)
-            self.tensorboard.add_scalar("train/images_per_second", event.images_per_second, event.step)
+            self.draw_scalar("train/loss", event.loss, event.step)
+            self.draw_scalar("train/learning_rate", event.learning_rate, event.step)
+            self.draw_scalar("train/images_per_second", event.images_per_second, event.step)
         elif isinstance(event, events.Measure):
-            self.tensorboard.add_scalar(event.name, event.value, event.step)
+            self.draw_scalar(event.name, event.value, event.step)
+
+    def draw_scalar(self, name: str, value: float, step: int) -> None:
+        """One point of a curve in TensorBoard."""
+        with interrupts.held():
+            self.tensorboard.add_scalar(name, value, step)
 
     def save_samples(self, step: int, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> None:
         """Write the pictures of each prompt, drawn after ``step`` steps, as PNG files and into TensorBoard."""
@@ -93,9 +97,10 @@ class Run:
                 path = self.output / SAMPLES / f"step-{step:06d}" / f"prompt-{number}-sample-{sample}.png"
                 with publish(path) as temporary:
                     picture.save(temporary, format="PNG")
-                self.tensorboard.add_image(
-                    f"samples/{number}-{sample} {prompt}", _pixels(picture), step, dataformats="HWC"
-                )
+                with interrupts.held():
+                    self.tensorboard.add_image(
+                        f"samples/{number}-{sample} {prompt}", _pixels(picture), step, dataformats="HWC"
+                    )
 
     def save_picture(self, kind: str, name: str, picture: Image.Image) -> None:
         """Write one picture of the result."""
@@ -143,7 +148,3 @@ def _pixels(picture: Image.Image) -> Any:
     import numpy
 
     return numpy.asarray(picture)
-
-
-def _raise_interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt

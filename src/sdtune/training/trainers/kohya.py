@@ -50,7 +50,7 @@ def train(method: KohyaFields, run: Run) -> None:
             samples.on_event(event)
 
         def on_averages(averages: Averages) -> None:
-            run.tensorboard.add_scalar("train/avr_loss", averages.avr_loss, averages.step)
+            run.draw_scalar("train/avr_loss", averages.avr_loss, averages.step)
 
         averages = run_sd_scripts(
             scripts, kohya_args(method, base, dataset, places), work,
