@@ -33,7 +33,8 @@ def main() -> None:
         Image.new("RGB", (128, 128)).save(dataset / "picture.png")
         dry_run = [
             "train", "dreambooth-lora", "--base-model", str(ROOT / "examples" / "base-model"),
-            "--dataset", str(dataset), "--output", f"{folder}/out", "--instance-prompt", "a photo of sks cat", "--dry-run",
+            "--dataset", str(dataset), "--output", f"{folder}/out",
+            "--instance-prompt", "a photo of sks cat", "--dry-run",
         ]  # fmt: skip
         for words in (["--help"], ["--version"], ["train", "--help"], ["train", "dreambooth-lora", "--help"], dry_run):
             shown = "train dreambooth-lora ... --dry-run" if words is dry_run else " ".join(words)
