@@ -87,17 +87,16 @@ class CommonFields(Method):
             raise ValueError(f"found {every} with num_samples 0: there is nothing to draw; raise num_samples.")
         return every
 
-    def resolved(self, *, resolution: int, mixed_precision: str, captions: Sequence[str] = ()) -> Self:
+    def resolved(self, *, resolution: int, mixed_precision: str, prompts: Sequence[str] = ()) -> Self:
         """The same settings with what only the run could know filled in.
 
-        resolution: the base model's, where none was given. captions: of the dataset; the first two are sampled where
-        no prompt was given.
+        resolution: the base model's, where none was given. prompts: what is sampled where none was given.
         """
         return self.model_copy(
             update={
                 "resolution": self.resolution or resolution,
                 "mixed_precision": mixed_precision,
-                "sample_prompt": self.sample_prompts() or tuple(dict.fromkeys(captions))[:2],
+                "sample_prompt": self.sample_prompts() or tuple(prompts),
             }
         )
 

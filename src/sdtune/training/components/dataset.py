@@ -42,6 +42,11 @@ def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[li
     )
 
 
+def first_captions(pictures: list[Picture]) -> list[str]:
+    """The first two distinct captions, to sample where no prompt was given."""
+    return list(dict.fromkeys(picture.caption for picture in pictures))[:2]
+
+
 def open_square(path: Path, side: int) -> Image.Image:
     """The picture's centre square, RGB, upright, ``side`` pixels wide."""
     with path.open("rb") as file:

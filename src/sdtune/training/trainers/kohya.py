@@ -32,12 +32,8 @@ def train(method: KohyaFields, run: Run) -> None:
         work = Path(folder)
         dataset = stage(method, run, work / "dataset")
         base = prepare_base(method, work)
-        method = method.model_copy(
-            update={
-                "resolution": method.resolution or base.resolution,
-                "mixed_precision": run.mixed_precision,
-                "sample_prompt": method.sample_prompt or tuple(dataset.prompts),
-            }
+        method = method.resolved(
+            resolution=base.resolution, mixed_precision=run.mixed_precision, prompts=dataset.prompts
         )
         if (count := torch.cuda.device_count()) > 1:
             run.tell(events.Note(f"This machine has {count} GPUs; {method.name} trains on one of them.", "warning"))

@@ -6,7 +6,7 @@ import torch
 
 from sdtune.methods.text_to_image import TextToImage
 from sdtune.training.components.data import cache_images
-from sdtune.training.components.dataset import read_dataset
+from sdtune.training.components.dataset import first_captions, read_dataset
 from sdtune.training.components.held_out import HeldOutLoss
 from sdtune.training.components.loop import fit
 from sdtune.training.components.loss import diffusion_loss
@@ -23,8 +23,8 @@ def train(method: TextToImage, run: Run) -> None:
     torch.manual_seed(method.seed)
     parts = load_parts(method, run, trained=["unet"])
     pictures, apart = read_dataset(method, run)
-    texts = [picture.caption for picture in pictures]
-    method = method.resolved(resolution=parts.resolution, mixed_precision=run.mixed_precision, captions=texts)
+    prompts = first_captions(pictures)
+    method = method.resolved(resolution=parts.resolution, mixed_precision=run.mixed_precision, prompts=prompts)
 
     captions = Captions(parts, method, [*pictures, *apart], run)
     images = cache_images(pictures, captions, parts, method, run, method.proportion_empty_prompts)
