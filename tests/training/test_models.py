@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdtune.errors import TrainingError
+from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.models import load_parts
@@ -104,3 +104,25 @@ def test_a_file_that_is_no_checkpoint_is_named(method: DreamBoothLora, run: Run,
 def test_more_layers_than_there_are_cannot_be_left_out(method: DreamBoothLora, run: Run) -> None:
     with pytest.raises(TrainingError, match="clip_skip: found 8, but this text encoder has 3 layers; at most 2"):
         load_parts(changed(method, clip_skip=8), run)
+
+
+def test_noise_that_ends_in_pure_noise(method: DreamBoothLora, run: Run) -> None:
+    velocity = changed(method, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    parts = load_parts(velocity, run)
+    assert parts.v_prediction
+    assert parts.noise_scheduler.alphas_cumprod[-1] == 0
+    # The same first step as the base model's own schedule (arXiv:2305.08891, algorithm 1).
+    own = load_parts(method, run).noise_scheduler.alphas_cumprod
+    torch.testing.assert_close(parts.noise_scheduler.alphas_cumprod[0], own[0])
+    assert own[-1] > 0
+    # Pictures are drawn from there too.
+    assert parts.noise_scheduler.config.timestep_spacing == "trailing"
+
+
+def test_pure_noise_teaches_nothing_to_a_model_of_the_noise(method: DreamBoothLora, run: Run) -> None:
+    with pytest.raises(RecipeError, match="rescale_betas_zero_snr: .*predicts the noise"):
+        load_parts(changed(method, rescale_betas_zero_snr=True), run)
+    with pytest.raises(RecipeError, match="rescale_betas_zero_snr: found true with prediction_type epsilon"):
+        DreamBoothLora.from_settings(
+            {"instance_prompt": "x", "prediction_type": "epsilon", "rescale_betas_zero_snr": True}
+        )

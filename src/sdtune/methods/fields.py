@@ -125,6 +125,13 @@ class TrainingFields(CommonFields):
     adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0, description="Gradients are clipped to this norm.")] = 1.0
 
+    prediction_type: Annotated[
+        Literal["epsilon", "v_prediction"] | None,
+        Field(description="What the UNet predicts: the noise or the velocity. Not given: as the base model says."),
+    ] = None
+    rescale_betas_zero_snr: Annotated[
+        bool, Field(description="Noise that ends in pure noise (arXiv:2305.08891); for models of the velocity alone.")
+    ] = False
     snr_gamma: Annotated[
         float | None,
         Field(gt=0, description="Weight the loss by min-SNR with this gamma; 5.0 in the paper (arXiv:2303.09556)."),
@@ -173,6 +180,16 @@ class TrainingFields(CommonFields):
         if optimizer in without and value != cls.model_fields[name].default:
             raise ValueError(f"found {value}, but {optimizer} has no such setting; leave it out.")
         return value
+
+    @field_validator("rescale_betas_zero_snr")
+    @classmethod
+    def _pure_noise_has_a_velocity_alone(cls, rescale: bool, info: ValidationInfo) -> bool:
+        if rescale and info.data.get("prediction_type") == "epsilon":
+            raise ValueError(
+                "found true with prediction_type epsilon, from which nothing is learned at pure noise; "
+                "use v_prediction or leave it out."
+            )
+        return rescale
 
     def check_examples(self, count: int) -> None:
         if self.held_out_images >= count:
@@ -273,6 +290,25 @@ class LoraFields(Method):
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(min_length=1, description="Layers of the UNet that get a LoRA, by the end of their names; repeatable."),
     ] = ("to_q", "to_k", "to_v", "to_out.0")
+    use_dora: Annotated[
+        bool, Field(description="Also learn the norm of each row of the weights (DoRA, arXiv:2402.09353); slower.")
+    ] = False
+    conv_rank: Annotated[
+        int | None, Field(ge=1, le=512, description="Also train the UNet's 3x3 convolutions, with this rank.")
+    ] = None
+    conv_alpha: Annotated[
+        float | None, Field(gt=0, description="The same as lora_alpha for convolutions. Not given: equal to conv_rank.")
+    ] = None
+    save_bin: Annotated[
+        bool, Field(description="Also write pytorch_lora_weights.bin, for tools from before safetensors.")
+    ] = False
+
+    @field_validator("conv_alpha")
+    @classmethod
+    def _belongs_to_convolutions(cls, alpha: float | None, info: ValidationInfo) -> float | None:
+        if alpha is not None and info.data.get("conv_rank", 1) is None:
+            raise ValueError(f"found {alpha:g} without conv_rank, which has nothing to scale; give conv_rank.")
+        return alpha
 
     @property
     def alpha(self) -> float:

@@ -59,7 +59,9 @@ def write_diffusers_lora(
             tensors[f"{layer}.up.weight"] = _cast(module.up.float() * module.scale, dtype, name)
             if module.magnitude is not None:
                 like_peft = module.magnitude if module.down.dim() == 2 else module.magnitude.reshape(1, -1, 1, 1)
-                tensors[f"{name}.lora_magnitude_vector"] = _cast(like_peft, dtype, name)
+                # peft leaves out .weight, and transformers 5 then finds no place for it in a text encoder.
+                suffix = "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
+                tensors[f"{name}.{suffix}"] = _cast(like_peft, dtype, name)
         header |= {f"{component}.{name}": value for name, value in _peft_config(modules).items()}
         if len(alphas := {module.alpha for module in modules.values()}) == 1:
             trained_alpha[component] = alphas.pop()

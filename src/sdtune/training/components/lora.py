@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any, TypeAlias
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from sdtune import events
 from sdtune.errors import TrainingError
@@ -16,6 +18,7 @@ from sdtune.methods.fields import TextEncoderFields
 from sdtune.methods.text_to_image import TextToImageLora
 from sdtune.training.components.data import CachedImages
 from sdtune.training.components.export import kohya_metadata, write_diffusers_lora, write_kohya_lora
+from sdtune.training.components.files import publish
 from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.lora_weights import collect_lora, lora_change
 from sdtune.training.components.models import Parts
@@ -27,6 +30,9 @@ LoraMethod: TypeAlias = DreamBoothLora | TextToImageLora
 SMALLEST_CHANGE = 6e-8
 """Of a weight, in float16, the type of files for drawing: what is smaller is zero there."""
 TEXT_ENCODER_MODULES = ("q_proj", "k_proj", "v_proj", "out_proj")
+CONVOLUTIONS = ("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv")
+"""The UNet's 3x3 convolutions, by the end of their names; those of its input and output are left as they are."""
+BIN_FILE = "pytorch_lora_weights.bin"
 
 
 def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
@@ -38,10 +44,19 @@ def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
         "r": method.rank,
         "lora_alpha": method.alpha,
         "lora_dropout": method.lora_dropout,
+        "use_dora": method.use_dora,
         "init_lora_weights": "gaussian",
     }
+    targets, patterns = list(method.target_modules), {}
+    if method.conv_rank is not None:
+        targets += CONVOLUTIONS
+        conv_alpha = float(method.conv_rank) if method.conv_alpha is None else method.conv_alpha
+        patterns = {
+            "rank_pattern": dict.fromkeys(CONVOLUTIONS, method.conv_rank),
+            "alpha_pattern": dict.fromkeys(CONVOLUTIONS, conv_alpha),
+        }
     try:
-        parts.unet.add_adapter(LoraConfig(**options, target_modules=list(method.target_modules)))
+        parts.unet.add_adapter(LoraConfig(**options, **patterns, target_modules=targets))
     except ValueError as error:
         raise TrainingError(
             f"target_modules: {', '.join(method.target_modules)} match no layer of the UNet that can have a LoRA; "
@@ -79,7 +94,17 @@ def save_lora(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
     write_kohya_lora(weights, kohya_lora, parts.family, _metadata(parts, method, run, images))
     run.tell(events.Artifact("lora", str(lora)))
     run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
+    if method.save_bin:
+        with publish(run.output / BIN_FILE) as temporary:
+            torch.save(load_file(lora), temporary)
+        run.tell(events.Artifact("bin", str(run.output / BIN_FILE)))
     return lora_change(read_lora(lora))
+
+
+def _network_args(method: LoraMethod) -> str:
+    """What goes beyond rank and alpha, as sd-scripts tells it: JSON of texts."""
+    told = {"conv_dim": method.conv_rank, "conv_alpha": method.conv_alpha or method.conv_rank}
+    return json.dumps({name: str(value) for name, value in told.items() if value is not None})
 
 
 def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) -> dict[str, str]:
@@ -113,6 +138,7 @@ def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
             "max_token_length": method.max_token_length,
             "min_snr_gamma": method.snr_gamma,
             "mixed_precision": run.mixed_precision,
+            "network_args": _network_args(method),
             "network_dropout": method.lora_dropout,
             "noise_offset": method.noise_offset,
         },

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdtune.errors import TrainingError
+from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
@@ -100,7 +100,7 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     """
     base = method.base_model
     if Path(base).is_file():
-        loaded = read_single_file(Path(base), torch.float32)
+        loaded = read_single_file(Path(base), torch.float32, prediction_type=method.prediction_type)
     else:
         loaded = _from_pretrained(base, method.name)
     suffixes = ("", "_2") if "text_encoder_2" in loaded else ("",)
@@ -109,7 +109,7 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
         text_encoders=[loaded[f"text_encoder{suffix}"] for suffix in suffixes],
         vae=loaded["vae"],
         unet=loaded["unet"],
-        noise_scheduler=DDPMScheduler.from_config(loaded["scheduler"].config),
+        noise_scheduler=_noise_scheduler(loaded["scheduler"].config, method),
         family=_family(loaded),
     )
     _check_clip_skip(parts, method)
@@ -150,6 +150,23 @@ def _from_pretrained(base: str, method: str) -> dict[str, Any]:
         }
     except (OSError, ValueError) as error:
         raise TrainingError(f"base_model: {base} is not whole: {error}") from None
+
+
+def _noise_scheduler(config: Mapping[str, Any], method: TrainingFields) -> DDPMScheduler:
+    """The base model's noise schedule with what the method changes of it, which is saved with a whole model."""
+    changes: dict[str, Any] = {}
+    if method.prediction_type is not None:
+        changes["prediction_type"] = method.prediction_type
+    if method.rescale_betas_zero_snr:
+        # A picture must be drawn from the last step, the pure noise, which "leading" leaves out.
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = DDPMScheduler.from_config({**config, **changes})
+    if method.rescale_betas_zero_snr and scheduler.config.prediction_type != "v_prediction":
+        raise RecipeError(
+            f"rescale_betas_zero_snr: {method.base_model} predicts the noise, from which nothing is learned at pure "
+            "noise; it is for models of the velocity, or give --prediction-type v_prediction to teach it that."
+        )
+    return scheduler
 
 
 def _check_clip_skip(parts: Parts, method: TrainingFields) -> None:
