@@ -120,7 +120,7 @@ def test_noise_that_ends_in_pure_noise(method: DreamBoothLora, run: Run) -> None
 
 
 def test_pure_noise_teaches_nothing_to_a_model_of_the_noise(method: DreamBoothLora, run: Run) -> None:
-    with pytest.raises(RecipeError, match="rescale_betas_zero_snr: .*predicts the noise"):
+    with pytest.raises(RecipeError, match=r"rescale_betas_zero_snr: .*predicts the noise"):
         load_parts(changed(method, rescale_betas_zero_snr=True), run)
     with pytest.raises(RecipeError, match="rescale_betas_zero_snr: found true with prediction_type epsilon"):
         DreamBoothLora.from_settings(
