@@ -52,7 +52,7 @@ def test_a_long_caption_is_read_in_windows(method: DreamBoothLora, parts: Parts)
 def test_a_caption_that_is_cut_is_warned_of(
     method: DreamBoothLora, parts: Parts, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Captions(parts, method, [Picture(Path("a.png"), "a photo of sks cat, " * 40)], run)
+    Captions(parts, method, [Picture(Path("a.png"), "a photo of sks cat, " * 40, (128, 128))], run)
     told = [events.parse(line) for line in capsys.readouterr().out.splitlines()]
     notes = [event for event in told if isinstance(event, events.Note)]
     assert len(notes) == 1
@@ -61,7 +61,7 @@ def test_a_caption_that_is_cut_is_warned_of(
 
 
 def test_captions_are_found_again(method: DreamBoothLora, parts: Parts, run: Run) -> None:
-    pictures = [Picture(Path(f"{i}.png"), text) for i, text in enumerate(PROMPTS)]
+    pictures = [Picture(Path(f"{i}.png"), text, (128, 128)) for i, text in enumerate(PROMPTS)]
     captions = Captions(parts, method, pictures, run)
     assert captions.row("") == 0
     rows = torch.tensor([captions.row(text) for text in PROMPTS])
@@ -70,7 +70,7 @@ def test_captions_are_found_again(method: DreamBoothLora, parts: Parts, run: Run
 
 
 def test_a_trained_encoder_gets_a_gradient(method: DreamBoothLora, parts: Parts, run: Run) -> None:
-    picture = Picture(Path("a.png"), PROMPTS[0])
+    picture = Picture(Path("a.png"), PROMPTS[0], (128, 128))
     parts.text_encoders[0].requires_grad_(True)
     frozen = Captions(parts, method, [picture], run).encode(torch.tensor([1])).encoder_hidden_states
     trained = Captions(parts, method, [picture], run, trained=True).encode(torch.tensor([1])).encoder_hidden_states

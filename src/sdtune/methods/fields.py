@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from sdtune.errors import DatasetError
 from sdtune.methods.base import Method, Tunable
+from sdtune.methods.buckets import Buckets
 
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
@@ -32,6 +33,18 @@ class CommonFields(Method):
             description="Side of the training pictures in pixels. Not given: the base model's own.",
         ),
     ] = None
+    enable_bucket: Annotated[
+        bool, Field(description="Train each picture near its own shape. Without, its middle is cut to a square.")
+    ] = True
+    min_bucket_reso: Annotated[
+        int | None,
+        Field(ge=64, multiple_of=64, description="Shortest side of a bucket. Not given: half of resolution."),
+    ] = None
+    max_bucket_reso: Annotated[
+        int | None,
+        Field(ge=64, multiple_of=64, description="Longest side of a bucket. Not given: twice resolution."),
+    ] = None
+    bucket_no_upscale: Annotated[bool, Field(description="Never enlarge a picture to fill its bucket.")] = False
     max_train_steps: Annotated[int, Field(ge=1, description="Optimizer steps to train.")] = 400
     train_batch_size: Annotated[int, Field(ge=1, le=256, description="Pictures per step on each GPU.")] = 1
     gradient_accumulation_steps: Annotated[
@@ -64,6 +77,18 @@ class CommonFields(Method):
     sample_every: Annotated[int, Field(ge=0, description="Also draw the samples every so many steps; 0: do not.")] = 0
     sample_steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps of a sample picture.")] = 25
     guidance_scale: Annotated[float, Field(ge=1, le=50, description="Classifier-free guidance of the samples.")] = 7.5
+
+    @field_validator("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
+    @classmethod
+    def _there_are_buckets(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
+        if value and info.data.get("enable_bucket") is False:
+            raise ValueError(f"found {value} with enable_bucket false: there are no buckets; leave one of them out.")
+        side = info.data.get("resolution")
+        if value and side and info.field_name == "min_bucket_reso" and value > side:
+            raise ValueError(f"found {value} with resolution {side}; the shortest side must not be longer than that.")
+        if value and side and info.field_name == "max_bucket_reso" and value < side:
+            raise ValueError(f"found {value} with resolution {side}; the longest side must not be shorter than that.")
+        return value
 
     @field_validator("lr_warmup_steps")
     @classmethod
@@ -99,6 +124,17 @@ class CommonFields(Method):
                 "sample_prompt": self.sample_prompts() or tuple(prompts),
             }
         )
+
+    def buckets(self, resolution: int, step: int) -> Buckets:
+        """The shapes that pictures are trained in at ``resolution``: the square alone without ``enable_bucket``.
+
+        step: what the model needs sides to be multiples of, in pixels.
+        """
+        if not self.enable_bucket:
+            return Buckets(resolution, step, resolution, resolution)
+        shortest = self.min_bucket_reso or max(step, resolution // 2 // step * step)
+        longest = self.max_bucket_reso or -(-2 * resolution // step) * step
+        return Buckets(resolution, step, shortest, longest, self.bucket_no_upscale)
 
     def check_examples(self, count: int) -> None:
         """DatasetError if so many pictures are not enough for these settings."""

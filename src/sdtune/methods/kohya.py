@@ -11,9 +11,6 @@ from sdtune.methods.base import Tunable
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.ledger import Layout
 
-BUCKET_STEPS = 64
-"""Sides of buckets are multiples of this many pixels."""
-
 
 class KohyaFields(CommonFields):
     """What sd-scripts' train_network.py is told, whatever the layout of the dataset."""
@@ -91,18 +88,6 @@ class KohyaFields(CommonFields):
         float, Field(ge=0, lt=1, description="Share of pictures that are shown without their caption.")
     ] = 0.0
 
-    enable_bucket: Annotated[
-        bool, Field(description="Train each picture near its own shape. Without, its middle is cut to a square.")
-    ] = True
-    min_bucket_reso: Annotated[
-        int | None,
-        Field(ge=64, multiple_of=BUCKET_STEPS, description="Shortest side of a bucket. Not given: half of resolution."),
-    ] = None
-    max_bucket_reso: Annotated[
-        int | None,
-        Field(ge=64, multiple_of=BUCKET_STEPS, description="Longest side of a bucket. Not given: twice resolution."),
-    ] = None
-    bucket_no_upscale: Annotated[bool, Field(description="Never enlarge a picture to fill its bucket.")] = False
     flip_aug: Annotated[
         bool, Field(description="Mirror pictures at random. Harms faces, text and everything with a left and right.")
     ] = False
@@ -167,18 +152,6 @@ class KohyaFields(CommonFields):
         if count and info.data.get("shuffle_caption") is False:
             raise ValueError(f"found {count} without shuffle_caption: nothing moves; add it or leave this out.")
         return count
-
-    @field_validator("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
-    @classmethod
-    def _there_are_buckets(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
-        if value and info.data.get("enable_bucket") is False:
-            raise ValueError(f"found {value} with enable_bucket false: there are no buckets; leave one of them out.")
-        side = info.data.get("resolution")
-        if value and side and info.field_name == "min_bucket_reso" and value > side:
-            raise ValueError(f"found {value} with resolution {side}; the shortest side must not be longer than that.")
-        if value and side and info.field_name == "max_bucket_reso" and value < side:
-            raise ValueError(f"found {value} with resolution {side}; the longest side must not be shorter than that.")
-        return value
 
     @field_validator("random_crop")
     @classmethod

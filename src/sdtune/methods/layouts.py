@@ -292,7 +292,7 @@ def _remark(path: str, picture: Picture, resolution: int | None, draft: Draft) -
     if resolution is not None and shorter < resolution:
         draft.find("small", path, f"is {size} and is enlarged to train at {resolution}. Use a larger one if there is.")
     if longer > NARROW * shorter:
-        draft.find("narrow", path, f"is {size}, over {NARROW:g} times as long as wide: most of it is cut away.")
+        draft.find("narrow", path, f"is {size}, over {NARROW:g} times as long as wide: its ends may be cut away.")
 
 
 def _without_duplicates(asked: list[_Asked], workers: int | None, draft: Draft) -> list[_Asked]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 TILE = 192
 GAP = 8
@@ -45,7 +45,7 @@ def contact_sheet(
             side = _tile(len(pictures), columns)
             pen.text((GAP, top + (side - TEXT) // 2), label, FAINT, plain)
             for column, picture in enumerate(pictures):
-                tile = picture.resize((side, side), Image.Resampling.LANCZOS)
+                tile = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, color=PAPER)
                 sheet.paste(tile, (LABEL_WIDTH + column * (side + GAP), top))
             top += side + GAP
     return sheet

@@ -6,16 +6,20 @@ draws its own latents from them: the same mathematics as encoding anew at every 
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 
 from sdtune import events
+from sdtune.methods.buckets import Shape, bucket_table
 from sdtune.methods.fields import TrainingFields
-from sdtune.training.components.dataset import Picture, open_square
+from sdtune.training.components.dataset import Picture, open_cut
 from sdtune.training.components.models import Parts
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
@@ -25,7 +29,7 @@ VAE_BATCH = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on.
+    """What one process trains on in one step.
 
     latents: scaled, [batch, 4, height / 8, width / 8]; captions: int64 [batch], rows of the run's Captions.
     prior: so many of the last rows are class pictures, whose loss keeps the model's prior.
@@ -35,35 +39,73 @@ class Batch:
     captions: torch.Tensor
     prior: int = 0
 
+    @property
+    def shape(self) -> torch.Size:
+        """[height / 8, width / 8], the same for all its pictures."""
+        return self.latents.shape[-2:]
+
 
 @dataclass
 class CachedImages:
-    """Pictures as the VAE sees them.
+    """Pictures as the VAE sees them, each in its shape.
 
-    mean, std: [images, variants, 4, height / 8, width / 8], unscaled; variant 1, if there is one, is the mirrored
-    picture. captions: int64 [images], rows of the run's Captions.
+    shapes: of each picture width and height in pixels; mean, std: of each [variants, 4, height / 8, width / 8],
+    unscaled; variant 1, if there is one, is the mirrored picture. captions: int64 [images], rows of the run's Captions.
     """
 
     pictures: Sequence[Picture]
-    resolution: int
-    mean: torch.Tensor
-    std: torch.Tensor
+    shapes: Sequence[Shape]
+    mean: Sequence[torch.Tensor]
+    std: Sequence[torch.Tensor]
     captions: torch.Tensor
     scaling_factor: float
     proportion_empty_prompts: float = 0.0
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Endless batches, every picture once in each round; a batch may reach into the next round, so all are full."""
-        device = self.mean.device
-        for indices in _endless([picture.repeats for picture in self.pictures], size, generator):
-            variant = torch.randint(self.mean.shape[1], (size,), generator=generator)
-            mean, std = self.mean[indices, variant], self.std[indices, variant]
-            noise = torch.randn(mean.shape, generator=generator).to(device, mean.dtype)
+        """Endless full batches of pictures of one shape each; every picture is shown as often as its repeats say."""
+        variants = self.mean[0].shape[0]
+        for indices in self._indices(size, generator):
+            variant = torch.randint(variants, (size,), generator=generator).tolist()
+            mean = torch.stack([self.mean[index][one] for index, one in zip(indices, variant, strict=True)])
+            std = torch.stack([self.std[index][one] for index, one in zip(indices, variant, strict=True)])
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device, mean.dtype)
             captions = self.captions[indices]
             if self.proportion_empty_prompts:
                 dropped = torch.rand(size, generator=generator) < self.proportion_empty_prompts
                 captions = captions.masked_fill(dropped, 0)
             yield Batch((mean + std * noise) * self.scaling_factor, captions)
+
+    def by_shape(self) -> dict[torch.Size, CachedImages]:
+        """The pictures of each shape apart; under [height / 8, width / 8]."""
+        numbers: dict[torch.Size, list[int]] = defaultdict(list)
+        for number, mean in enumerate(self.mean):
+            numbers[mean.shape[-2:]].append(number)
+        return {shape: self._of(chosen) for shape, chosen in numbers.items()}
+
+    def _of(self, numbers: list[int]) -> CachedImages:
+        def chosen(rows: Sequence[Any]) -> list[Any]:
+            return [rows[number] for number in numbers]
+
+        return replace(
+            self, pictures=chosen(self.pictures), shapes=chosen(self.shapes), mean=chosen(self.mean),
+            std=chosen(self.std), captions=self.captions[numbers],
+        )  # fmt: skip
+
+    def _indices(self, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+        """``size`` pictures of one shape at a time, of endless shuffled rounds.
+
+        What a round leaves over of a shape waits for the next round, so that no picture is left out.
+        """
+        repeats = torch.tensor([picture.repeats for picture in self.pictures])
+        one_round = torch.repeat_interleave(torch.arange(len(repeats)), repeats)
+        waiting: dict[Shape, list[int]] = defaultdict(list)
+        while True:
+            for index in one_round[torch.randperm(len(one_round), generator=generator)].tolist():
+                same = waiting[self.shapes[index]]
+                same.append(index)
+                if len(same) == size:
+                    yield list(same)
+                    same.clear()
 
 
 def cache_images(
@@ -73,36 +115,59 @@ def cache_images(
     method: TrainingFields,
     run: Run,
     proportion_empty_prompts: float = 0.0,
+    shapes: Sequence[Shape] = (),
 ) -> CachedImages:
-    """The pictures through the VAE, on the run's device."""
-    resolution = method.resolution or parts.resolution
-    run.tell(events.Phase("cache", f"Encoding {len(pictures)} pictures at {resolution} px"))
-    means, stds = [], []
-    for start in range(0, len(pictures), VAE_BATCH):
-        pixels = [
-            variant
-            for picture in pictures[start : start + VAE_BATCH]
-            for variant in _variants(picture.path, resolution, method.random_flip)
-        ]
-        mean, std = _encode(parts, torch.stack(pixels))
-        means.append(mean)
-        stds.append(std)
-        run.tell(events.Progress("cache", min(start + VAE_BATCH, len(pictures)), len(pictures)))
-    variants = 2 if method.random_flip else 1
+    """The pictures through the VAE, on the run's device.
+
+    shapes: of each picture; not given: the buckets that are nearest to their own.
+    """
+    buckets = method.buckets(method.resolution or parts.resolution, parts.bucket_step)
+    shapes = shapes or [buckets.shape_of(picture.size) for picture in pictures]
+    run.tell(events.Phase("cache", f"Encoding {len(pictures)} pictures at {buckets.resolution} px"))
+    if len(set(shapes)) > 1:
+        run.tell(events.Note(f"The pictures' shapes: {bucket_table(shapes)}"))
+    encoded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for shape in dict.fromkeys(shapes):
+        same = [number for number, one in enumerate(shapes) if one == shape]
+        for start in range(0, len(same), VAE_BATCH):
+            numbers = same[start : start + VAE_BATCH]
+            pixels = [_variants(pictures[number].path, shape, method.random_flip) for number in numbers]
+            mean, std = _encode(parts, torch.cat(pixels))
+            variants = pixels[0].shape[0]
+            encoded |= dict(
+                zip(numbers, zip(torch.split(mean, variants), torch.split(std, variants), strict=True), strict=True)
+            )
+            run.tell(events.Progress("cache", len(encoded), len(pictures)))
     return CachedImages(
         pictures=pictures,
-        resolution=resolution,
-        mean=torch.cat(means).reshape(len(pictures), variants, *means[0].shape[1:]),
-        std=torch.cat(stds).reshape(len(pictures), variants, *stds[0].shape[1:]),
+        shapes=shapes,
+        mean=[encoded[number][0] for number in range(len(pictures))],
+        std=[encoded[number][1] for number in range(len(pictures))],
         captions=torch.tensor([captions.row(picture.caption) for picture in pictures]),
         scaling_factor=float(parts.vae.config.scaling_factor),
         proportion_empty_prompts=proportion_empty_prompts,
     )
 
 
-def with_prior(instances: Iterator[Batch], classes: Iterator[Batch]) -> Iterator[Batch]:
-    """Each batch of the subject followed by one of its class, to go through the UNet together."""
-    for instance, prior in zip(instances, classes, strict=False):
+def cache_classes(
+    classes: Sequence[Picture], images: CachedImages, captions: Captions, parts: Parts, method: TrainingFields, run: Run
+) -> CachedImages:
+    """Class pictures, dealt out among the shapes of the subject's pictures, beside which they are trained."""
+    every = list(dict.fromkeys(images.shapes))
+    # One of each first, then in the proportions of the subject's.
+    order = [*every, *(Counter(images.shapes) - Counter(every)).elements()]
+    shapes = list(islice(cycle(order), max(len(classes), len(every))))
+    dealt = list(islice(cycle(classes), len(shapes)))
+    return cache_images(dealt, captions, parts, method, run, shapes=shapes)
+
+
+def with_prior(
+    instances: Iterator[Batch], classes: CachedImages, size: int, generator: torch.Generator
+) -> Iterator[Batch]:
+    """Each batch of the subject followed by one of ``size`` class pictures, to go through the UNet together."""
+    of_shape = {shape: part.batches(size, generator) for shape, part in classes.by_shape().items()}
+    for instance in instances:
+        prior = next(of_shape[instance.shape])
         yield Batch(
             torch.cat([instance.latents, prior.latents]),
             torch.cat([instance.captions, prior.captions]),
@@ -110,10 +175,10 @@ def with_prior(instances: Iterator[Batch], classes: Iterator[Batch]) -> Iterator
         )
 
 
-def _variants(path: Path, resolution: int, flip: bool) -> list[torch.Tensor]:
-    """The picture as float32 [3, resolution, resolution] in -1..1, and mirrored if asked."""
-    pixels = torch.from_numpy(numpy.array(open_square(path, resolution))).permute(2, 0, 1).float() / 127.5 - 1.0
-    return [pixels, pixels.flip(-1)] if flip else [pixels]
+def _variants(path: Path, shape: Shape, flip: bool) -> torch.Tensor:
+    """The picture as float32 [1, 3, height, width] in -1..1, and mirrored after it if asked."""
+    pixels = torch.from_numpy(numpy.array(open_cut(path, shape))).permute(2, 0, 1).float() / 127.5 - 1.0
+    return torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
 
 
 @torch.no_grad()
@@ -121,14 +186,3 @@ def _encode(parts: Parts, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """Mean and standard deviation of the latents of ``pixels`` [batch, 3, height, width], unscaled, float32."""
     posterior = parts.vae.encode(pixels.to(parts.vae.device, parts.vae.dtype)).latent_dist
     return posterior.mean.float(), posterior.std.float()
-
-
-def _endless(repeats: list[int], size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Indices of endless shuffled rounds, int64 [size] at a time."""
-    one_round = torch.repeat_interleave(torch.arange(len(repeats)), torch.tensor(repeats))
-    waiting = one_round[:0]
-    while True:
-        while len(waiting) < size:
-            waiting = torch.cat([waiting, one_round[torch.randperm(len(one_round), generator=generator)]])
-        yield waiting[:size]
-        waiting = waiting[size:]

@@ -7,19 +7,28 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from sdtune.methods.buckets import Shape
 from sdtune.methods.fields import TrainingFields
 from sdtune.methods.images import open_image
 from sdtune.methods.layouts import check
+from sdtune.methods.ledger import Example
 from sdtune.training.run import Run
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to train on."""
+    """One picture to train on; size: its width and height in pixels, upright."""
 
     path: Path
     caption: str
+    size: Shape
     repeats: int = 1
+
+    @classmethod
+    def of(cls, folder: Path, example: Example, prompt: str) -> Picture:
+        """The picture of a row of the dataset's ledger; prompt: its caption if it has none of its own."""
+        size = (example.width, example.height)
+        return cls(folder / example.image, example.caption or prompt, size, example.repeats)
 
 
 def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[list[Picture], list[Picture]]:
@@ -30,9 +39,7 @@ def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[li
     """
     ledger = check(run.dataset, method.layout, decode=False)
     ledger.raise_for_errors()
-    pictures = [
-        Picture(run.dataset / example.image, example.caption or prompt, example.repeats) for example in ledger.examples
-    ]
+    pictures = [Picture.of(run.dataset, example, prompt) for example in ledger.examples]
     method.check_examples(len(pictures))
     count = method.held_out_images
     apart = {round(number * len(pictures) / count) for number in range(count)}
@@ -47,7 +54,7 @@ def first_captions(pictures: list[Picture]) -> list[str]:
     return list(dict.fromkeys(picture.caption for picture in pictures))[:2]
 
 
-def open_square(path: Path, side: int) -> Image.Image:
-    """The picture's centre square, RGB, upright, ``side`` pixels wide."""
+def open_cut(path: Path, shape: Shape) -> Image.Image:
+    """The picture's middle, as much of it as fits ``shape``, RGB and upright, in that size."""
     with path.open("rb") as file:
-        return ImageOps.fit(open_image(file), (side, side), Image.Resampling.LANCZOS)
+        return ImageOps.fit(open_image(file), shape, Image.Resampling.LANCZOS)

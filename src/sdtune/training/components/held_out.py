@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 
 from sdtune import events
@@ -26,14 +28,18 @@ class HeldOutLoss:
     ) -> None:
         self._parts, self._captions, self._method, self._run = parts, captions, method, run
         generator = torch.Generator().manual_seed(SEED)
-        pictures = torch.arange(DRAWS) % len(images.pictures)
+        self._pictures = torch.arange(DRAWS) % len(images.pictures)
         # Every picture the same: its mean latents, without the VAE's own noise.
-        self._latents = images.mean[pictures, 0] * images.scaling_factor
-        self._rows = images.captions[pictures]
-        self._noise = torch.randn(self._latents.shape, generator=generator)
+        self._latents = [images.mean[picture][0] * images.scaling_factor for picture in self._pictures]
+        self._rows = images.captions[self._pictures]
+        self._noise = [torch.randn(latents.shape, generator=generator) for latents in self._latents]
         # One timestep from each of 64 equal spans, in an order that gives each picture early and late ones.
         steps = parts.noise_scheduler.config.num_train_timesteps
         self._timesteps = ((torch.randperm(DRAWS, generator=generator) + 0.5) / DRAWS * steps).long()
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for draw, latents in enumerate(self._latents):
+            by_shape[latents.shape].append(draw)
+        self._at_once = [same[at : at + AT_ONCE] for same in by_shape.values() for at in range(0, len(same), AT_ONCE)]
 
     @torch.no_grad()
     def measure(self, step: int) -> float:
@@ -43,13 +49,13 @@ class HeldOutLoss:
                 [
                     errors(
                         self._parts,
-                        self._latents[at : at + AT_ONCE],
-                        self._rows[at : at + AT_ONCE],
+                        torch.stack([self._latents[draw] for draw in draws]),
+                        self._rows[draws],
                         self._captions,
-                        self._noise[at : at + AT_ONCE],
-                        self._timesteps[at : at + AT_ONCE],
+                        torch.stack([self._noise[draw] for draw in draws]),
+                        self._timesteps[draws],
                     )
-                    for at in range(0, DRAWS, AT_ONCE)
+                    for draws in self._at_once
                 ]
             )
         value = round(found.mean().item(), 6)

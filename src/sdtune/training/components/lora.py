@@ -117,7 +117,7 @@ def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
         base_model=method.base_model,
         rank=method.rank,
         alpha=method.alpha,
-        resolution=images.resolution,
+        resolution=method.resolution or parts.resolution,
         steps=method.max_train_steps,
         epochs=max(1, method.max_train_steps * pictures_per_step // shown),
         learning_rate=method.learning_rate,
@@ -131,6 +131,7 @@ def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
         trigger_words=[method.instance_prompt] if isinstance(method, DreamBoothLora) else [],
         more={
             "clip_skip": method.clip_skip + 1 if method.clip_skip else None,
+            "enable_bucket": method.enable_bucket,
             "gradient_accumulation_steps": method.gradient_accumulation_steps,
             "lr_scheduler": method.lr_scheduler,
             "lr_warmup_steps": method.lr_warmup_steps,

@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.errors import RecipeError, TrainingError
+from sdtune.methods.buckets import STEP
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
@@ -66,6 +67,12 @@ class Parts:
     def vae_scale(self) -> int:
         """Pixels per latent: 8 for Stable Diffusion."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def bucket_step(self) -> int:
+        """What sides of pictures are multiples of, in pixels: what the UNet can halve, and 64 where that is custom."""
+        halved = int(self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        return STEP if self.resolution >= 512 and STEP % halved == 0 else halved
 
     @property
     def by_name(self) -> dict[str, Any]:

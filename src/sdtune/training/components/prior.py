@@ -48,7 +48,7 @@ def _given(method: PriorMethod) -> list[Picture]:
         ledger.raise_for_errors()
     except DatasetError as error:
         raise DatasetError(f"class_data_dir: {error}") from None
-    return [Picture(folder / one.image, one.caption or method.class_prompt) for one in ledger.examples]
+    return [Picture.of(folder, example, method.class_prompt) for example in ledger.examples]
 
 
 def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run) -> list[Picture]:
@@ -76,4 +76,4 @@ def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run)
                 with publish(path) as temporary:
                     picture.save(temporary, format="PNG")
         run.tell(events.Progress("class", start + len(batch), count))
-    return [Picture(path, prompt) for path in paths]
+    return [Picture(path, prompt, (drawing["resolution"],) * 2) for path in paths]

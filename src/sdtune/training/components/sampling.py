@@ -13,7 +13,7 @@ from sdtune import events
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.contact_sheet import contact_sheet
 from sdtune.training.components.data import CachedImages
-from sdtune.training.components.dataset import open_square
+from sdtune.training.components.dataset import open_cut
 from sdtune.training.components.models import Parts, pipeline_of
 from sdtune.training.components.text import encode
 from sdtune.training.run import Run
@@ -60,7 +60,7 @@ class Samples:
         labels = {steps[0]: "before", steps[-1]: "after"}
         sheet = contact_sheet(
             f"{self.run.output.name}: {self.method.name}, {steps[-1]} steps",
-            [open_square(picture.path, images.resolution) for picture in images.pictures],
+            [open_cut(picture.path, shape) for picture, shape in zip(images.pictures, images.shapes, strict=True)],
             [
                 (f"“{prompt}”", [(labels.get(step, f"step {step}"), self.drawn[step][number]) for step in steps])
                 for number, prompt in enumerate(self.prompts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdtune.methods.kohya import BUCKET_STEPS, KohyaDreamBoothLora, KohyaFields
+from sdtune.methods.buckets import STEP
+from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.kohya.base import KohyaBase
 from sdtune.training.kohya.dataset import StagedDataset
@@ -70,13 +71,11 @@ def _dataset(method: KohyaFields, dataset: StagedDataset) -> list[str]:
         *_switch("enable_bucket", method.enable_bucket),
     ]
     if method.enable_bucket:
-        side = method.resolution or 0
-        shortest = method.min_bucket_reso or max(BUCKET_STEPS, side // 2 // BUCKET_STEPS * BUCKET_STEPS)
-        longest = method.max_bucket_reso or -(-2 * side // BUCKET_STEPS) * BUCKET_STEPS
+        buckets = method.buckets(method.resolution or 0, STEP)
         arguments += [
-            f"--min_bucket_reso={shortest}",
-            f"--max_bucket_reso={longest}",
-            f"--bucket_reso_steps={BUCKET_STEPS}",
+            f"--min_bucket_reso={buckets.shortest}",
+            f"--max_bucket_reso={buckets.longest}",
+            f"--bucket_reso_steps={buckets.step}",
             *_switch("bucket_no_upscale", method.bucket_no_upscale),
         ]
     if isinstance(method, KohyaDreamBoothLora) and dataset.reg_data_dir is not None:

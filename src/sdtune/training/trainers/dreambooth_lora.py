@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.training.components.data import cache_images, with_prior
+from sdtune.training.components.data import cache_classes, cache_images, with_prior
 from sdtune.training.components.dataset import read_dataset
 from sdtune.training.components.held_out import HeldOutLoss
 from sdtune.training.components.loop import fit
@@ -31,9 +31,9 @@ def train(method: DreamBoothLora, run: Run) -> None:
     images = cache_images(pictures, captions, parts, method, run)
     batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
     if classes:
-        priors = cache_images(classes, captions, parts, method, run)
+        priors = cache_classes(classes, images, captions, parts, method, run)
         order = torch.Generator().manual_seed(method.seed)
-        batches = with_prior(batches, priors.batches(method.train_batch_size, order))
+        batches = with_prior(batches, priors, method.train_batch_size, order)
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
