@@ -18,8 +18,7 @@ from sdtune import events
 from sdtune.errors import SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
-
-INTERRUPTED = 130
+from sdtune.training.launch import INTERRUPTED, is_one_of_several, number_of_gpus, run_in_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,9 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("method")
     parser.add_argument("--dataset", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--processes", type=int, help="processes that train together; not given: one for each GPU")
     job, settings = parser.parse_known_args(argv)
     try:
         method = find_method(job.method).from_args(settings)
+        if method.container == "diffusers" and not is_one_of_several():
+            count = job.processes or number_of_gpus()
+            if count > 1:
+                return run_in_processes(count, sys.argv[1:] if argv is None else argv)
         run_training(method, job.dataset, job.output)
     except SdtuneError as error:
         return fail(error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,9 +26,12 @@ from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.fields import CommonFields
 from sdtune.training import interrupts
 from sdtune.training.components.files import publish
+from sdtune.training.components.processes import Share
 
 LOGS = "logs"
 SAMPLES = "samples"
+MOST_WAITING = timedelta(hours=2)
+"""The other processes wait while the first draws samples or class pictures."""
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Run:
     dataset: Path
     output: Path
     accelerator: Any
-    tensorboard: SummaryWriter
+    tensorboard: SummaryWriter | None
     started: float = field(default_factory=time.time)
 
     @classmethod
@@ -46,24 +51,41 @@ class Run:
         interrupts.listen()
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            # Until this run has ended, the folder holds no finished one.
-            (output / RECIPE_FILE).unlink(missing_ok=True)
-            (output / MARK).write_text(f"The output of a run of sdtune {__version__}.\n", encoding="utf-8")
-            _remove_what_was_drawn(output)
-            tensorboard = SummaryWriter(output / LOGS)
-        except OSError as error:
-            raise TrainingError(f"output: {output} cannot be written ({error}); choose another --output.") from None
-        with tensorboard:
-            accelerator = Accelerator(mixed_precision=mixed_precision(method.mixed_precision))
+        # split_batches: a step of the schedule is a step of all processes together.
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision(method.mixed_precision),
+            cpu=not torch.cuda.is_available(),
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=MOST_WAITING)],
+        )
+        with ExitStack() as opened:
+            tensorboard = None
+            if accelerator.is_main_process:
+                try:
+                    _make_ready(output)
+                    tensorboard = opened.enter_context(SummaryWriter(output / LOGS))
+                except OSError as error:
+                    raise TrainingError(
+                        f"output: {output} cannot be written ({error}); choose another --output."
+                    ) from None
             yield cls(dataset, output, accelerator, tensorboard)
+            # Not after an error: the others may hang in an exchange that will not come.
+            accelerator.end_training()
 
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
         device: torch.device = self.accelerator.device
         return device
+
+    @property
+    def share(self) -> Share:
+        """Which of the processes that train together this is; the first alone tells, draws and writes."""
+        return Share(self.accelerator.process_index, self.accelerator.num_processes)
+
+    @property
+    def is_first(self) -> bool:
+        return self.share.number == 0
 
     @property
     def mixed_precision(self) -> str:
@@ -77,6 +99,8 @@ class Run:
 
     def tell(self, event: events.Event) -> None:
         """Say it on standard output, and draw it in TensorBoard where it is a number."""
+        if not self.is_first:
+            return
         events.emit(event)
         if isinstance(event, events.Step):
             self.draw_scalar("train/loss", event.loss, event.step)
@@ -87,8 +111,9 @@ class Run:
 
     def draw_scalar(self, name: str, value: float, step: int) -> None:
         """One point of a curve in TensorBoard."""
-        with interrupts.held():
-            self.tensorboard.add_scalar(name, value, step)
+        if self.tensorboard:
+            with interrupts.held():
+                self.tensorboard.add_scalar(name, value, step)
 
     def save_samples(self, step: int, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> None:
         """Write the pictures of each prompt, drawn after ``step`` steps, as PNG files and into TensorBoard."""
@@ -97,10 +122,11 @@ class Run:
                 path = self.output / SAMPLES / f"step-{step:06d}" / f"prompt-{number}-sample-{sample}.png"
                 with publish(path) as temporary:
                     picture.save(temporary, format="PNG")
-                with interrupts.held():
-                    self.tensorboard.add_image(
-                        f"samples/{number}-{sample} {prompt}", _pixels(picture), step, dataformats="HWC"
-                    )
+                if self.tensorboard:
+                    with interrupts.held():
+                        self.tensorboard.add_image(
+                            f"samples/{number}-{sample} {prompt}", _pixels(picture), step, dataformats="HWC"
+                        )
 
     def save_picture(self, kind: str, name: str, picture: Image.Image) -> None:
         """Write one picture of the result."""
@@ -134,6 +160,15 @@ def mixed_precision(setting: str) -> str:
     if not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _make_ready(output: Path) -> None:
+    """The folder made and marked as ours, and what an earlier run left of samples and curves removed."""
+    output.mkdir(parents=True, exist_ok=True)
+    # Until this run has ended, the folder holds no finished one.
+    (output / RECIPE_FILE).unlink(missing_ok=True)
+    (output / MARK).write_text(f"The output of a run of sdtune {__version__}.\n", encoding="utf-8")
+    _remove_what_was_drawn(output)
 
 
 def _remove_what_was_drawn(output: Path) -> None:

@@ -21,6 +21,7 @@ from sdtune.methods.buckets import Shape, bucket_table
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.dataset import Picture, open_cut
 from sdtune.training.components.models import Parts
+from sdtune.training.components.processes import ALL, Share
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
@@ -33,11 +34,13 @@ class Batch:
 
     latents: scaled, [batch, 4, height / 8, width / 8]; captions: int64 [batch], rows of the run's Captions.
     prior: so many of the last rows are class pictures, whose loss keeps the model's prior.
+    share: of a batch that is spread over several processes, which part this is.
     """
 
     latents: torch.Tensor
     captions: torch.Tensor
     prior: int = 0
+    share: Share = ALL
 
     @property
     def shape(self) -> torch.Size:
@@ -61,19 +64,23 @@ class CachedImages:
     scaling_factor: float
     proportion_empty_prompts: float = 0.0
 
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Endless full batches of pictures of one shape each; every picture is shown as often as its repeats say."""
+    def batches(self, size: int, generator: torch.Generator, share: Share = ALL) -> Iterator[Batch]:
+        """Endless full batches of pictures of one shape each; every picture is shown as often as its repeats say.
+
+        Several processes with one seed draw the same, as one process would whose batches are ``size`` for each of
+        them together, and each keeps its share.
+        """
         variants = self.mean[0].shape[0]
-        for indices in self._indices(size, generator):
-            variant = torch.randint(variants, (size,), generator=generator).tolist()
+        for indices in self._indices(size * share.of, generator):
+            variant = torch.randint(variants, (size * share.of,), generator=generator).tolist()
             mean = torch.stack([self.mean[index][one] for index, one in zip(indices, variant, strict=True)])
             std = torch.stack([self.std[index][one] for index, one in zip(indices, variant, strict=True)])
             noise = torch.randn(mean.shape, generator=generator).to(mean.device, mean.dtype)
             captions = self.captions[indices]
             if self.proportion_empty_prompts:
-                dropped = torch.rand(size, generator=generator) < self.proportion_empty_prompts
+                dropped = torch.rand(size * share.of, generator=generator) < self.proportion_empty_prompts
                 captions = captions.masked_fill(dropped, 0)
-            yield Batch((mean + std * noise) * self.scaling_factor, captions)
+            yield Batch(share.rows((mean + std * noise) * self.scaling_factor), share.rows(captions), share=share)
 
     def by_shape(self) -> dict[torch.Size, CachedImages]:
         """The pictures of each shape apart; under [height / 8, width / 8]."""
@@ -122,10 +129,11 @@ def cache_images(
     shapes: of each picture; not given: the buckets that are nearest to their own.
     """
     buckets = method.buckets(method.resolution or parts.resolution, parts.bucket_step)
-    shapes = shapes or [buckets.shape_of(picture.size) for picture in pictures]
     run.tell(events.Phase("cache", f"Encoding {len(pictures)} pictures at {buckets.resolution} px"))
-    if len(set(shapes)) > 1:
-        run.tell(events.Note(f"The pictures' shapes: {bucket_table(shapes)}"))
+    if not shapes:
+        shapes = [buckets.shape_of(picture.size) for picture in pictures]
+        if len(set(shapes)) > 1:
+            run.tell(events.Note(f"The pictures' shapes: {bucket_table(shapes)}"))
     encoded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for shape in dict.fromkeys(shapes):
         same = [number for number, one in enumerate(shapes) if one == shape]
@@ -162,16 +170,17 @@ def cache_classes(
 
 
 def with_prior(
-    instances: Iterator[Batch], classes: CachedImages, size: int, generator: torch.Generator
+    instances: Iterator[Batch], classes: CachedImages, size: int, generator: torch.Generator, share: Share = ALL
 ) -> Iterator[Batch]:
     """Each batch of the subject followed by one of ``size`` class pictures, to go through the UNet together."""
-    of_shape = {shape: part.batches(size, generator) for shape, part in classes.by_shape().items()}
+    of_shape = {shape: part.batches(size, generator, share) for shape, part in classes.by_shape().items()}
     for instance in instances:
         prior = next(of_shape[instance.shape])
         yield Batch(
             torch.cat([instance.latents, prior.latents]),
             torch.cat([instance.captions, prior.captions]),
             prior=len(prior.latents),
+            share=share,
         )
 
 

@@ -15,6 +15,7 @@ from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.data import Batch
 from sdtune.training.components.models import Parts
 from sdtune.training.components.optim import parameters_of
+from sdtune.training.components.processes import exchange_gradients
 from sdtune.training.run import Run
 
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -38,12 +39,16 @@ def fit(
     Losses stay on the device until a report is due: reading one makes the host wait for the GPU.
     Raises TrainingError as soon as a report finds a loss that is not finite.
     """
-    run.tell(events.Phase("train", f"Training {method.max_train_steps} steps"))
+    together = f" in {run.share.of} processes together" if run.share.of > 1 else ""
+    run.tell(events.Phase("train", f"Training {method.max_train_steps} steps{together}"))
+    # Dropout must not be the same in every process; the first goes on as it would alone.
+    if run.share.number:
+        torch.manual_seed(method.seed + run.share.number)
     # Dropout and gradient checkpointing are at work in this mode alone.
     for module in (parts.unet, *parts.text_encoders):
         module.train()
     optimizer, schedule = run.accelerator.prepare(optimizer, schedule)
-    pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps
+    pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps * run.share.of
     last_tenth = max(1, method.max_train_steps // 10)
     losses: list[torch.Tensor] = []
     reported, started = 0, time.perf_counter()
@@ -55,6 +60,9 @@ def fit(
                 loss = loss_of(next(batches)) / method.gradient_accumulation_steps
             run.accelerator.backward(loss)
             step_loss += loss.detach()
+        if run.share.of > 1:
+            exchange_gradients(parameters_of(optimizer.param_groups), run.accelerator)
+            step_loss = run.accelerator.reduce(step_loss, reduction="mean")
         run.accelerator.clip_grad_norm_(parameters_of(optimizer.param_groups), method.max_grad_norm)
         optimizer.step()
         schedule.step()

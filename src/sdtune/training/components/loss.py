@@ -19,17 +19,19 @@ def diffusion_loss(
     """Mean squared error of the UNet's prediction on freshly noised latents, a scalar.
 
     Where the batch ends with class pictures, their mean error is added, times ``prior_loss_weight``. Noise and
-    timesteps come from ``generator`` on the CPU, so that a run draws the same on every device.
+    timesteps come from ``generator`` on the CPU, so that a run draws the same on every device; and for all processes,
+    each of which takes its share.
     """
     latents = batch.latents
-    noise = torch.randn(latents.shape, generator=generator)
+    rows, *shape = latents.shape
+    rows *= batch.share.of
+    noise = torch.randn(rows, *shape, generator=generator)
     if method.noise_offset:
         # https://www.crosslabs.org/blog/diffusion-with-offset-noise
-        noise += method.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
-    timesteps = torch.randint(
-        parts.noise_scheduler.config.num_train_timesteps, (latents.shape[0],), generator=generator
-    )
-    error = errors(parts, latents, batch.captions, captions, noise, timesteps)
+        noise += method.noise_offset * torch.randn(rows, shape[0], 1, 1, generator=generator)
+    steps = parts.noise_scheduler.config.num_train_timesteps
+    timesteps = batch.share.rows(torch.randint(steps, (rows,), generator=generator))
+    error = errors(parts, latents, batch.captions, captions, batch.share.rows(noise), timesteps)
     if method.snr_gamma is not None:
         error = error * snr_weights(parts, timesteps.to(error.device), method.snr_gamma)
     if not batch.prior:

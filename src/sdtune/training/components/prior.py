@@ -69,6 +69,8 @@ def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run)
     run.tell(events.Phase("class", f"Drawing {count} class pictures of “{prompt}”"))
     for start in range(0, count, AT_ONCE):
         batch = paths[start : start + AT_ONCE]
+        if start // AT_ONCE % run.share.of != run.share.number:
+            continue  # another process draws these
         # A picture is whole or not there, so what an interrupted run has drawn need not be drawn again.
         if not all(path.exists() for path in batch):
             seeds = [method.seed + CLASS_SEED + start + number for number in range(len(batch))]
@@ -76,4 +78,5 @@ def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run)
                 with publish(path) as temporary:
                     picture.save(temporary, format="PNG")
         run.tell(events.Progress("class", start + len(batch), count))
+    run.accelerator.wait_for_everyone()
     return [Picture(path, prompt, (drawing["resolution"],) * 2) for path in paths]

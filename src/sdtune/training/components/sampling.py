@@ -24,7 +24,7 @@ class Samples:
 
     def __init__(self, parts: Parts, method: TrainingFields, run: Run) -> None:
         self.parts, self.method, self.run = parts, method, run
-        self.prompts = method.sample_prompts() if method.num_samples else ()
+        self.prompts = method.sample_prompts() if method.num_samples and run.is_first else ()
         self.drawn: dict[int, list[list[Image.Image]]] = {}
 
     def draw(self, step: int) -> None:

@@ -29,11 +29,11 @@ def train(method: DreamBoothLora, run: Run) -> None:
 
     captions = Captions(parts, method, [*pictures, *apart, *classes], run, trained=method.train_text_encoder)
     images = cache_images(pictures, captions, parts, method, run)
-    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
+    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed), run.share)
     if classes:
         priors = cache_classes(classes, images, captions, parts, method, run)
         order = torch.Generator().manual_seed(method.seed)
-        batches = with_prior(batches, priors, method.train_batch_size, order)
+        batches = with_prior(batches, priors, method.train_batch_size, order, run.share)
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
@@ -47,6 +47,8 @@ def train(method: DreamBoothLora, run: Run) -> None:
         parts, optimizer, schedule, batches, method, run,
         after_step=[samples.draw_if_due, held_out.measure_if_due],
     )  # fmt: skip
+    if not run.is_first:
+        return
     change = save_lora(parts, method, run, images)
     samples.draw(step=method.max_train_steps)
     samples.save_contact_sheet(images)

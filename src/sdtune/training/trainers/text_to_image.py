@@ -28,7 +28,7 @@ def train(method: TextToImage, run: Run) -> None:
 
     captions = Captions(parts, method, [*pictures, *apart], run)
     images = cache_images(pictures, captions, parts, method, run, method.proportion_empty_prompts)
-    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
+    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed), run.share)
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
@@ -43,6 +43,8 @@ def train(method: TextToImage, run: Run) -> None:
         parts, optimizer, schedule, batches, method, run,
         after_step=[weights.average, samples.draw_if_due, held_out.measure_if_due],
     )  # fmt: skip
+    if not run.is_first:
+        return
     change = weights.save(run)
     samples.draw(step=method.max_train_steps)
     samples.save_contact_sheet(images)

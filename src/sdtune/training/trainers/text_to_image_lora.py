@@ -28,7 +28,7 @@ def train(method: TextToImageLora, run: Run) -> None:
 
     captions = Captions(parts, method, [*pictures, *apart], run)
     images = cache_images(pictures, captions, parts, method, run, method.proportion_empty_prompts)
-    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed))
+    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed), run.share)
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
@@ -42,6 +42,8 @@ def train(method: TextToImageLora, run: Run) -> None:
         parts, optimizer, schedule, batches, method, run,
         after_step=[samples.draw_if_due, held_out.measure_if_due],
     )  # fmt: skip
+    if not run.is_first:
+        return
     change = save_lora(parts, method, run, images)
     samples.draw(step=method.max_train_steps)
     samples.save_contact_sheet(images)
