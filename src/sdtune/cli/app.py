@@ -19,6 +19,7 @@ class Commands(LazyGroup):
     commands_at: ClassVar = {
         "train": ("sdtune.cli.train", "Fine-tune a model: sdtune train METHOD --dataset DIR --output DIR."),
         "validate": ("sdtune.cli.validate", "Check a dataset as `train` would, file by file."),
+        "convert": ("sdtune.cli.convert", "Turn a LoRA into another form: diffusers, kohya, PEFT."),
     }
 
 

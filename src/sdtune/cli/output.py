@@ -8,6 +8,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sdtune import events
 from sdtune.cli import ledger_view, run_view
 from sdtune.cli.words import count
+from sdtune.commands.convert import Conversion
 from sdtune.commands.train import TrainingPlan
 from sdtune.errors import SdtuneError
 from sdtune.jobs.backend import LogLine
@@ -47,6 +49,10 @@ class Console(ABC):
     @abstractmethod
     def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
         """Show a run as it goes, then where its result is."""
+
+    @abstractmethod
+    def conversion(self, conversion: Conversion) -> None:
+        """What was read of a LoRA, and where it was written."""
 
     @abstractmethod
     def stopped(self) -> None:
@@ -91,6 +97,9 @@ class JsonConsole(Console):
                 self._line("log", text=item.text)
             else:
                 self._line(**events.to_dict(item))
+
+    def conversion(self, conversion: Conversion) -> None:
+        self._line("conversion", **asdict(conversion))
 
     def stopped(self) -> None:
         self._line("stopped")
@@ -140,6 +149,18 @@ class HumanConsole(Console):
 
     def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
         run_view.follow(self.out, stream)
+
+    def conversion(self, conversion: Conversion) -> None:
+        family = f", {conversion.family}" if conversion.family else ""
+        for verb, side in (("Read", conversion.source), ("Wrote", conversion.target)):
+            self.out.print(f"[bold]{verb}[/] {escape(side.path)} ({side.form}{family}, {', '.join(side.dtypes)})")
+            if side is conversion.source:
+                for part in conversion.parts:
+                    rank, alpha = (", ".join(f"{value:g}" for value in values) for values in (part.ranks, part.alphas))
+                    dora = ", DoRA" if part.dora else ""
+                    self.out.print(
+                        f"  {part.name:<15}{count(part.modules, 'module')}, rank {rank}, alpha {alpha}{dora}"
+                    )
 
     def stopped(self) -> None:
         self.out.print("[yellow]Stopped.[/] The run was ended and left no result.")

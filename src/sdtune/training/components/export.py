@@ -5,37 +5,35 @@ Both are safetensors, whole or absent, and the same bytes for the same weights a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from sdtune.errors import TrainingError
-from sdtune.training.components.files import publish
-from sdtune.training.components.lora_names import LoraPart, diffusers_layer, kohya_name
-from sdtune.training.components.lora_weights import Family, LoraModule, LoraWeights
+from sdtune.training.components.kohya_metadata import hashes
+from sdtune.training.components.kohya_metadata import kohya_metadata as kohya_metadata
+from sdtune.training.components.lora_names import Family, LoraPart, diffusers_layer, kohya_layer
+from sdtune.training.components.lora_weights import LoraModule, LoraWeights
+from sdtune.training.components.scale import multiply_in
+from sdtune.training.components.tensor_file import finite, write_tensors
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``pipe.load_lora_weights(folder)`` looks for."""
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 """diffusers' entry of the header: peft's LoraConfig of every component, as JSON."""
-TRAINED_ALPHA_KEY = "sdtune_trained_alpha"
-"""Our entry beside it: the alpha of every component before it was multiplied into the weights, as JSON."""
 
 
 def write_diffusers_lora(
     weights: LoraWeights,
     folder: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """``<folder>/pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights(folder)``; returns its path.
@@ -46,45 +44,67 @@ def write_diffusers_lora(
     where transformers has flattened its modules; names without it load there only. Seen with diffusers 0.32 and 0.42.
 
     The scale alpha / rank is multiplied into ``up``, and the header says alpha = rank: diffusers 0.42 reads an alpha
-    from the header, 0.32 and ComfyUI do not and would apply scale 1 without a word.
+    from the header, 0.32 and ComfyUI do not and would apply scale 1 without a word. ``read_lora`` takes it out again.
+
+    dtype: of all tensors; None: as ``multiply_in`` says, so that the LoRA comes back bit for bit.
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {}
-    trained_alpha: dict[str, float] = {}
-    for component, modules in weights.items():
+    multiplied, undo = multiply_in(weights, dtype)
+    for component, modules in multiplied.items():
         for path, module in modules.items():
             name = f"{component}.{path}"
             layer = diffusers_layer(component, path)
-            tensors[f"{layer}.down.weight"] = _cast(module.down, dtype, name)
-            tensors[f"{layer}.up.weight"] = _cast(module.up.float() * module.scale, dtype, name)
+            tensors[f"{layer}.down.weight"] = finite(module.down, dtype, name)
+            tensors[f"{layer}.up.weight"] = finite(module.up, dtype, name)
             if module.magnitude is not None:
-                like_peft = module.magnitude if module.down.dim() == 2 else module.magnitude.reshape(1, -1, 1, 1)
                 # peft leaves out .weight, and transformers 5 then finds no place for it in a text encoder.
                 suffix = "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
-                tensors[f"{name}.{suffix}"] = _cast(like_peft, dtype, name)
-        header |= {f"{component}.{name}": value for name, value in _peft_config(modules).items()}
-        if len(alphas := {module.alpha for module in modules.values()}) == 1:
-            trained_alpha[component] = alphas.pop()
+                tensors[f"{name}.{suffix}"] = finite(peft_magnitude(module), dtype, name)
+        header |= {f"{component}.{name}": value for name, value in peft_config(component, modules).items()}
     everything = dict(metadata or {}) | {
         "format": "pt",
         ADAPTER_METADATA_KEY: json.dumps(header, indent=2, sort_keys=True),
-        TRAINED_ALPHA_KEY: json.dumps(trained_alpha, sort_keys=True),
+        **undo,
     }
-    return _write_whole(folder / DIFFUSERS_FILE, _serialized(tensors, everything))
+    return write_tensors(folder / DIFFUSERS_FILE, tensors, everything)
 
 
-def _peft_config(modules: Mapping[str, LoraModule]) -> dict[str, Any]:
-    """The fields of peft's LoraConfig, of versions since 0.9, that describe the file's weights.
+def peft_config(component: str, modules: Mapping[str, LoraModule]) -> dict[str, Any]:
+    """The fields of peft's LoraConfig, of versions since 0.9, that describe the modules of one component.
 
     Names of text-encoder modules go without ``text_model.``: peft matches the end of a module's path, so that they
     fit a flattened CLIPTextModel as well as a classic one.
+    TrainingError: DoRA on some modules only, which one LoraConfig cannot say.
     """
-    ranks = {path.removeprefix("text_model."): module.rank for path, module in modules.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: other for path, other in ranks.items() if other != rank}
-    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": sorted(ranks)}
-    config |= {"rank_pattern": others, "alpha_pattern": others}
-    return config | {"use_dora": any(module.magnitude is not None for module in modules.values())}
+    paths = {path.removeprefix("text_model."): module for path, module in modules.items()}
+    rank = Counter(module.rank for module in paths.values()).most_common(1)[0][0]
+    alpha = Counter(module.alpha for module in paths.values()).most_common(1)[0][0]
+    dora = {module.magnitude is not None for module in paths.values()}
+    if len(dora) > 1:
+        plain = next(path for path, module in modules.items() if module.magnitude is None)
+        raise TrainingError(
+            f"{component}: some modules have DoRA's magnitude and others, such as {plain}, have not. PEFT and "
+            "diffusers know DoRA on all modules of a component or on none; only kohya's form can hold this LoRA."
+        )
+    return {
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "target_modules": sorted(paths),
+        "rank_pattern": {path: module.rank for path, module in paths.items() if module.rank != rank},
+        "alpha_pattern": {path: _number(module.alpha) for path, module in paths.items() if module.alpha != alpha},
+        "use_dora": True in dora,
+    }
+
+
+def _number(alpha: float) -> int | float:
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def peft_magnitude(module: LoraModule) -> Tensor:
+    """In the shape that PEFT gives it: [out], of a convolution [1, out, 1, 1]."""
+    assert module.magnitude is not None
+    return module.magnitude if module.down.dim() == 2 else module.magnitude.reshape(1, -1, 1, 1)
 
 
 def write_kohya_lora(
@@ -93,179 +113,55 @@ def write_kohya_lora(
     family: Family,
     metadata: Mapping[str, str],
     *,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = torch.float16,
+    one_alpha: bool = True,
 ) -> Path:
     """A file for A1111, Forge, SD.Next, ComfyUI, kohya's tools and diffusers; returns its path.
 
     ``lora_unet_``, ``lora_te_`` (SDXL: ``lora_te1_``, ``lora_te2_``, and the block names of its original UNet), each
     module with its ``.alpha``. Half precision is what kohya's users expect of such a file: it is for drawing.
-    metadata: of ``kohya_metadata``; the hashes are added here.
+    dtype: of the weights; None: each in its own. metadata: of ``kohya_metadata``; the hashes are added here.
+    one_alpha: of modules that differ in alpha, make it one and multiply the difference into ``up``: of this form
+    diffusers (to 0.42) applies one alpha to all modules of a component. Every other reader applies each module's own.
     """
-    sdxl = family is Family.SDXL
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2"}
-    if "text_encoder_2" in weights and not sdxl:
-        raise TrainingError(f"A LoRA of two text encoders cannot be written for {family}: only SDXL has two.")
     tensors: dict[str, Tensor] = {}
     for component, modules in weights.items():
-        for module_path, module in _loadable(component, modules).items():
-            name = kohya_name(prefixes[component], module_path, sgm=sdxl and component == "unet")
-            tensors[f"{name}.{LoraPart.DOWN}"] = _cast(module.down, dtype, name)
-            tensors[f"{name}.{LoraPart.UP}"] = _cast(module.up, dtype, name)
-            tensors[f"{name}.{LoraPart.ALPHA}"] = torch.tensor(module.alpha, dtype=torch.float32)
+        loadable = _with_out_proj(component, _with_one_alpha(modules) if one_alpha else modules)
+        for module_path, module in loadable.items():
+            name = kohya_layer(component, module_path, family)
+            tensors[f"{name}.{LoraPart.DOWN}"] = finite(module.down, dtype, name)
+            tensors[f"{name}.{LoraPart.UP}"] = finite(module.up, dtype, name)
+            tensors[f"{name}.{LoraPart.ALPHA}"] = alpha_tensor(module.alpha)
             if module.magnitude is not None:  # as a column, to multiply the rows of a weight
                 column = module.magnitude.reshape(-1, *[1] * (module.down.dim() - 1))
-                tensors[f"{name}.{LoraPart.MAGNITUDE}"] = _cast(column, dtype, name)
-    return _write_whole(path, _serialized(tensors, {**metadata, **_hashes(tensors, metadata)}))
+                tensors[f"{name}.{LoraPart.MAGNITUDE}"] = finite(column, dtype, name)
+    return write_tensors(path, tensors, {**metadata, **hashes(tensors, metadata)})
 
 
-def _loadable(component: str, modules: Mapping[str, LoraModule]) -> Mapping[str, LoraModule]:
-    """modules of the same effect, in a form that diffusers reads right.
+def alpha_tensor(alpha: float) -> Tensor:
+    """float32 as is usual, unless only float64 holds it (rank-stabilised LoRA: alpha * sqrt(rank))."""
+    single = torch.tensor(alpha, dtype=torch.float32)
+    return single if single.item() == alpha else torch.tensor(alpha, dtype=torch.float64)
 
-    It applies one alpha to all modules of a component (to 0.42 it looks for others under names that do not exist):
-    where they differ, the most common one is kept and the rest of the scale multiplied into ``up``. And it tells the
-    form of a text encoder's part by the presence of out_proj: without any, it refuses the whole file or silently
-    skips the attention. So attention trained without it gets one of zeros.
-    """
+
+def _with_one_alpha(modules: Mapping[str, LoraModule]) -> Mapping[str, LoraModule]:
+    """modules of the same effect, all with the most common alpha."""
     alpha = Counter(module.alpha for module in modules.values()).most_common(1)[0][0]
-    loadable = {
+    return {
         path: module if module.alpha == alpha else replace(module, up=module.up * (module.alpha / alpha), alpha=alpha)
         for path, module in modules.items()
     }
-    attention = [path for path in loadable if ".self_attn." in path]
-    if component != "unet" and attention and not any(path.endswith(".out_proj") for path in attention):
-        like = loadable[attention[0]]
-        zeros = LoraModule(torch.zeros_like(like.down), torch.zeros_like(like.up), alpha)
-        loadable[f"{attention[0].rpartition('.')[0]}.out_proj"] = zeros
-    return loadable
 
 
-def _cast(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    cast = weight.to(dtype, copy=True).contiguous()
-    if not bool(cast.isfinite().all()):
-        raise TrainingError(f"{name}: not finite in {dtype}; nothing was written.")
-    return cast
+def _with_out_proj(component: str, modules: Mapping[str, LoraModule]) -> Mapping[str, LoraModule]:
+    """modules, and an out_proj of zeros if a text encoder's attention was trained without any.
 
-
-# --- metadata of kohya's form ----------------------------------------------------------------------------------------
-
-_BASE_VERSION = {Family.SD1: "sd_v1", Family.SD2: "sd_v2", Family.SDXL: "sdxl_base_v1-0"}
-_ARCHITECTURE = {
-    Family.SD1: "stable-diffusion-v1",
-    Family.SD2: "stable-diffusion-v2-512",
-    Family.SDXL: "stable-diffusion-xl-v1-base",
-}
-
-
-def kohya_metadata(
-    *,
-    family: Family,
-    title: str,
-    base_model: str,
-    rank: int,
-    alpha: float,
-    resolution: int | tuple[int, int],
-    steps: int,
-    epochs: int,
-    learning_rate: float,
-    optimizer: str,
-    batch_size: int,
-    num_train_images: int,
-    started_at: float,
-    finished_at: float,
-    seed: int | None = None,
-    v_prediction: bool = False,
-    captions: Iterable[str] = (),
-    dataset_name: str = "images",
-    trigger_words: Sequence[str] = (),
-    more: Mapping[str, object] | None = None,
-) -> dict[str, str]:
-    """The header of a kohya-form file: the ``ss_*`` entries that UIs show and filter by, and ``modelspec.*``.
-
-    resolution: a side or (width, height); batch_size: per device; started_at, finished_at: seconds since 1970.
-    captions: one per training image, for ss_tag_frequency. more: further ss_ entries under kohya's names without the
-    prefix, e.g. ``{"lr_scheduler": "cosine"}``. An entry that is None is left out.
-    Folders of this machine are not told: of a local base model, only the name of its file or folder.
-    Source: train_network.py and library/sai_model_spec.py of kohya-ss/sd-scripts; Stability-AI/ModelSpec 1.0.0.
+    diffusers tells the form of a text encoder's part by the presence of out_proj: without it, it refuses the whole
+    file or silently skips the attention. ``read_lora`` leaves it out again.
     """
-    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
-    frequency = Counter(tag.strip().lower() for caption in captions for tag in caption.split(",") if tag.strip())
-    ss: dict[str, object] = {
-        "output_name": title,
-        "sd_model_name": _public_name(base_model),
-        "base_model_version": _BASE_VERSION[family] + ("_v" if v_prediction and family is not Family.SDXL else ""),
-        "v2": family is Family.SD2,
-        "network_module": "networks.lora",
-        "network_dim": rank,
-        "network_alpha": float(alpha),
-        "network_args": "{}",
-        "resolution": (width, height),
-        "max_train_steps": steps,
-        "steps": steps,
-        "num_epochs": epochs,
-        "epoch": epochs,
-        "learning_rate": learning_rate,
-        "optimizer": optimizer,
-        "batch_size_per_device": batch_size,
-        "num_train_images": num_train_images,
-        "seed": seed,
-        "training_started_at": float(started_at),
-        "training_finished_at": float(finished_at),
-        "tag_frequency": json.dumps({dataset_name: dict(frequency.most_common())}) if frequency else None,
-        **(more or {}),
-    }
-    architecture = _ARCHITECTURE[family]
-    if family is Family.SD2 and v_prediction:
-        architecture = "stable-diffusion-v2-768-v"
-    modelspec: dict[str, object] = {
-        "sai_model_spec": "1.0.0",
-        "architecture": f"{architecture}/lora",
-        "implementation": (
-            "https://github.com/Stability-AI/generative-models" if family is Family.SDXL else "diffusers"
-        ),
-        "title": title,
-        "resolution": f"{width}x{height}",
-        "date": datetime.fromtimestamp(int(finished_at), UTC).isoformat(),
-        "prediction_type": "v" if v_prediction else "epsilon",
-        "trigger_phrase": ", ".join(trigger_words) or None,
-    }
-    entries = {f"ss_{name}": value for name, value in ss.items()}
-    entries |= {f"modelspec.{name}": value for name, value in modelspec.items()}
-    return {key: str(value) for key, value in entries.items() if value is not None}
-
-
-def _public_name(base_model: str) -> str:
-    """A repository id (``owner/name``) as it is; of a path or gs:// address its last part."""
-    is_repository = base_model.count("/") == 1 and base_model[0] not in "./~\\" and "\\" not in base_model
-    return base_model if is_repository and not Path(base_model).exists() else PureWindowsPath(base_model).name
-
-
-def _hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """sshs_* as kohya computes them: over the file as it would be with its ss_ entries alone."""
-    file = _serialized(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    start = 8 + int.from_bytes(file[:8], "little")
-    model_hash = hashlib.sha256(memoryview(file)[start:]).hexdigest()
-    legacy_hash = hashlib.sha256(memoryview(file)[0x100000:0x110000]).hexdigest()[:8]
-    return {
-        "sshs_model_hash": model_hash,
-        "sshs_legacy_hash": legacy_hash,
-        "modelspec.hash_sha256": f"0x{model_hash}",
-    }
-
-
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file. Its writer shuffles the metadata on every call, so the header is written anew, sorted."""
-    file = safetensors.torch.save(dict(tensors))
-    start = 8 + int.from_bytes(file[:8], "little")
-    entries = json.loads(file[8:start])
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the data begin at a multiple of 8
-    return len(header).to_bytes(8, "little") + header + file[start:]
-
-
-def _write_whole(path: Path, content: bytes) -> Path:
-    with publish(path) as temporary:
-        temporary.write_bytes(content)
-    return path
+    attention = [path for path in modules if ".self_attn." in path]
+    if component == "unet" or not attention or any(path.endswith(".out_proj") for path in attention):
+        return modules
+    like = modules[attention[0]]
+    zeros = LoraModule(torch.zeros_like(like.down), torch.zeros_like(like.up), like.alpha)
+    return {**modules, f"{attention[0].rpartition('.')[0]}.out_proj": zeros}

@@ -1,4 +1,4 @@
-"""LoRA files -> the neutral form: diffusers' and kohya's, of Stable Diffusion 1, 2 and SDXL."""
+"""LoRA files -> the neutral form: diffusers', kohya's and PEFT's, of Stable Diffusion 1, 2 and SDXL."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from sdtune.errors import TrainingError
-from sdtune.training.components.export import (
-    ADAPTER_METADATA_KEY,
-    DIFFUSERS_FILE,
-    TRAINED_ALPHA_KEY,
-)
-from sdtune.training.components.lora_names import LoraPart, classic_clip_path, path_of
+from sdtune.training.components.export import ADAPTER_METADATA_KEY, DIFFUSERS_FILE
+from sdtune.training.components.kohya_metadata import public_name
+from sdtune.training.components.lora_names import COMPONENTS, Form, LoraPart, classic_clip_path, path_of
 from sdtune.training.components.lora_weights import LoraModule, LoraWeights
+from sdtune.training.components.peft_folder import CONFIG_FILE, WEIGHTS_FILE, adapters_in, read_adapter
+from sdtune.training.components.scale import HEADER_KEYS, SPOILT, take_out
+from sdtune.training.components.tensor_file import read_tensors
 
 _KOHYA_COMPONENTS = {
     "lora_unet_": "unet",
@@ -28,7 +29,7 @@ _KOHYA_COMPONENTS = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-_DIFFUSERS_KEY = re.compile(
+_MODULE_KEY = re.compile(
     r"(?P<path>.+?)(?:"
     r"\.lora_(?P<ab>A|B)(?:\.default)?\.weight"
     r"|(?:\.lora|_lora|\.lora_linear_layer)\.(?P<direction>down|up)\.weight"
@@ -40,37 +41,85 @@ _OLD_NAMES = {
     "unet": {"to_out": "to_out.0"},
     "text_encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 }
-
-
-def read_lora(path: Path) -> LoraWeights:
-    """The LoRA in a file, or in the ``pytorch_lora_weights.safetensors`` of a folder, in float32.
-
-    diffusers' form: ``lora_A``/``lora_B``, ``lora.down``/``lora.up`` and the older attention processors, with the
-    scale in its header if it has one. kohya's form: both ways to name SDXL's blocks.
-    TrainingError: not a safetensors file (others can run code when opened), or not a LoRA of these two forms.
-    """
-    file = path / DIFFUSERS_FILE if path.is_dir() else path
-    tensors, metadata = _open(file)
-    if tensors and all(key.startswith(tuple(_KOHYA_COMPONENTS)) for key in tensors):
-        return _assembled(file, _kohya_parts(file, tensors), {})
-    return _assembled(file, _diffusers_parts(file, tensors), metadata)
-
-
-def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise TrainingError(
-            f"{file}: not a safetensors file ({error}). LoRA files in pickle formats (.bin, .pt, .ckpt) are not "
-            "opened, because they can run code; convert it with a tool you trust."
-        ) from error
-    except OSError as error:
-        raise TrainingError(f"{file}: cannot be read: {error.strerror or error}.") from error
-
+_DESCRIBES_TENSORS = ("format", ADAPTER_METADATA_KEY, *HEADER_KEYS)
+_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 Parts = dict[tuple[str, str], dict[LoraPart, Tensor]]
 """The tensors of every module, by (component, path)."""
+Alpha = Callable[[str, str, int], float]
+"""(component, path, rank) -> alpha, of a module that has none beside its tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """What a file or folder held. metadata: the header's entries, without those that describe the tensors."""
+
+    form: Form
+    weights: LoraWeights
+    metadata: dict[str, str]
+
+
+def read_lora(path: Path) -> LoraWeights:
+    """The LoRA in a file or folder; ``read_lora_file`` says which."""
+    return read_lora_file(path).weights
+
+
+def read_lora_file(path: Path) -> LoraFile:
+    """The LoRA in a .safetensors file, in a folder's ``pytorch_lora_weights.safetensors``, or in a folder of PEFT's.
+
+    diffusers' form: ``lora_A``/``lora_B``, ``lora.down``/``lora.up`` and the older attention processors, with the
+    scale in its header if it has one. kohya's form: both ways to name SDXL's blocks. PEFT's form: ``peft_folder``.
+    Tensors keep their type; of types other than float16, bfloat16 and float32 they become float32.
+    TrainingError: not a safetensors file (others can run code when opened), or not a LoRA of these forms.
+    """
+    if path.is_dir() and not (path / DIFFUSERS_FILE).exists():
+        return _read_peft(path)
+    file = path / DIFFUSERS_FILE if path.is_dir() else path
+    tensors, header = read_tensors(file)
+    metadata = {key: value for key, value in header.items() if key not in _DESCRIBES_TENSORS}
+    if tensors and all(key.startswith(tuple(_KOHYA_COMPONENTS)) for key in tensors):
+        weights = _assembled(file, _kohya_parts(file, tensors), lambda component, path, rank: float(rank))
+        return LoraFile(Form.KOHYA, _without_filling(weights), metadata)
+    try:
+        alpha = _configured_alpha(json.loads(header.get(ADAPTER_METADATA_KEY, "{}")))
+        weights = take_out(_assembled(file, _diffusers_parts(file, tensors), alpha), header)
+    except SPOILT as error:
+        raise TrainingError(f"{file}: its header's entries about the LoRA are spoilt ({error}).") from None
+    return LoraFile(Form.DIFFUSERS, weights, metadata)
+
+
+def lora_files(path: Path) -> list[Path]:
+    """The .safetensors files that ``read_lora_file`` reads there."""
+    if not path.is_dir():
+        return [path]
+    if (path / DIFFUSERS_FILE).exists():
+        return [path / DIFFUSERS_FILE]
+    return [adapter / WEIGHTS_FILE for adapter in adapters_in(path).values()]
+
+
+def _read_peft(folder: Path) -> LoraFile:
+    adapters = adapters_in(folder)
+    if not adapters:
+        hint = (
+            "This is the adapter of one model: put it into a folder under that model's name and give the outer folder."
+            if (folder / CONFIG_FILE).is_file()
+            else f"It holds {', '.join(sorted(entry.name for entry in folder.iterdir())[:3]) or 'nothing'}."
+        )
+        raise TrainingError(
+            f"{folder}: no LoRA found; wanted {DIFFUSERS_FILE}, or PEFT's {CONFIG_FILE} in {', '.join(COMPONENTS)}. "
+            f"{hint}"
+        )
+    parts: Parts = defaultdict(dict)
+    configs: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for component, adapter in adapters.items():
+        tensors, config, header = read_adapter(adapter)
+        _add_parts(adapter, component, tensors, parts)
+        configs |= {f"{component}.{name}": value for name, value in config.items()}
+        metadata |= {key: value for key, value in header.items() if key not in _DESCRIBES_TENSORS}
+        if base_model := config.get("base_model_name_or_path"):
+            metadata.setdefault("ss_sd_model_name", public_name(str(base_model)))
+    return LoraFile(Form.PEFT, _assembled(folder, parts, _configured_alpha(configs)), metadata)
 
 
 def _kohya_parts(file: Path, tensors: Mapping[str, Tensor]) -> Parts:
@@ -87,13 +136,25 @@ def _kohya_parts(file: Path, tensors: Mapping[str, Tensor]) -> Parts:
 
 
 def _diffusers_parts(file: Path, tensors: Mapping[str, Tensor]) -> Parts:
-    parts: Parts = defaultdict(dict)
-    unknown = []
+    by_component: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         component, _, rest = key.partition(".")
-        if component not in ("unet", "text_encoder", "text_encoder_2"):  # attention processors saved by the UNet alone
+        if component not in COMPONENTS:  # attention processors saved by the UNet alone
             component, rest = "unet", key
-        match = _DIFFUSERS_KEY.fullmatch(rest.removeprefix("base_model.model.").replace(".processor.", "."))
+        by_component[component][rest.removeprefix("base_model.model.")] = tensor
+    if not by_component:
+        raise _unknown(file, [])
+    parts: Parts = defaultdict(dict)
+    for component, of_component in by_component.items():
+        _add_parts(file, component, of_component, parts)
+    return parts
+
+
+def _add_parts(file: Path, component: str, tensors: Mapping[str, Tensor], parts: Parts) -> None:
+    """Put tensors under diffusers' and PEFT's names for them to ``parts``."""
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _MODULE_KEY.fullmatch(key.replace(".processor.", "."))
         if match is None:
             unknown.append(key)
             continue
@@ -110,51 +171,59 @@ def _diffusers_parts(file: Path, tensors: Mapping[str, Tensor]) -> Parts:
         else:
             part = LoraPart.DOWN if (match["ab"] or match["direction"]) in ("A", "down") else LoraPart.UP
         parts[component, path][part] = tensor
-    if unknown or not parts:
+    if unknown:
         raise _unknown(file, unknown)
-    return parts
 
 
 def _unknown(file: Path, keys: Iterable[str]) -> TrainingError:
     shown = ", ".join(list(keys)[:3]) or "no tensors"
     return TrainingError(
-        f"{file}: not a LoRA of Stable Diffusion in diffusers' or kohya's form (found {shown}). "
+        f"{file}: not a LoRA of Stable Diffusion in diffusers', kohya's or PEFT's form (found {shown}). "
         "LyCORIS types other than LoRA and DoRA (LoHa, LoKr, Tucker...) are not read."
     )
 
 
-def _assembled(file: Path, parts: Parts, metadata: Mapping[str, str]) -> LoraWeights:
+def _assembled(file: Path, parts: Parts, alpha: Alpha) -> LoraWeights:
     weights: LoraWeights = {}
-    alphas = _header_alphas(metadata)
-    trained: dict[str, float] = json.loads(metadata.get(TRAINED_ALPHA_KEY, "{}"))
     for (component, path), tensors in sorted(parts.items()):
         if LoraPart.DOWN not in tensors or LoraPart.UP not in tensors:
             raise TrainingError(f"{file}: {component} {path} has only one half of its LoRA. Is the file complete?")
-        down, up = tensors[LoraPart.DOWN].float(), tensors[LoraPart.UP].float()
-        if not bool(down.any() or up.any()):
-            continue  # filled in by write_kohya_lora for a reader's sake
+        down, up = _readable(tensors[LoraPart.DOWN]), _readable(tensors[LoraPart.UP])
         stored = tensors.get(LoraPart.ALPHA)
-        alpha = alphas(component, path, int(down.shape[0])) if stored is None else float(stored)
-        if component in trained:  # write_diffusers_lora multiplied the scale into up
-            up = up * (alpha / trained[component])
-            alpha = trained[component]
+        own_alpha = alpha(component, path, int(down.shape[0])) if stored is None else float(stored)
         magnitude = tensors.get(LoraPart.MAGNITUDE)
         if magnitude is not None and magnitude.numel() != up.shape[0]:
             raise TrainingError(f"{file}: {component} {path} has a dora_scale per input, not per output: not read.")
-        module = LoraModule(down, up, alpha, None if magnitude is None else magnitude.float().flatten())
+        module = LoraModule(down, up, own_alpha, None if magnitude is None else _readable(magnitude).flatten())
         weights.setdefault(component, {})[path] = module
     return weights
 
 
-def _header_alphas(metadata: Mapping[str, str]) -> Callable[[str, str, int], float]:
-    """(component, path, rank) -> alpha, from the peft configuration that diffusers keeps in a file's header."""
-    header: dict[str, Any] = json.loads(metadata.get(ADAPTER_METADATA_KEY, "{}"))
+def _readable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in _TYPES else tensor.float()
+
+
+def _without_filling(weights: LoraWeights) -> LoraWeights:
+    """Without an out_proj of zeros, which write_kohya_lora fills in for a reader's sake."""
+    kept: LoraWeights = {}
+    for component, modules in weights.items():
+        for path, module in modules.items():
+            filling = component != "unet" and path.endswith(".out_proj") and module.magnitude is None
+            if not filling or bool(module.down.any() or module.up.any()):
+                kept.setdefault(component, {})[path] = module
+    return kept
+
+
+def _configured_alpha(configs: Mapping[str, Any]) -> Alpha:
+    """From PEFT's LoraConfig of every component, its fields named ``component.field``; without one, alpha = rank."""
 
     def alpha(component: str, path: str, rank: int) -> float:
-        value = header.get(f"{component}.lora_alpha", rank)
-        for pattern, special in (header.get(f"{component}.alpha_pattern") or {}).items():
-            if re.match(rf"(?:.*\.)?(?:{pattern})$", path):
+        value = configs.get(f"{component}.lora_alpha", rank)
+        names = (path, path.removeprefix("text_model."))
+        for pattern, special in (configs.get(f"{component}.alpha_pattern") or {}).items():
+            if any(re.match(rf"(?:.*\.)?(?:{pattern})$", name) for name in names):
                 value = special
-        return float(value) * (math.sqrt(rank) if header.get(f"{component}.use_rslora") else 1.0)
+                break  # PEFT takes the first that fits
+        return float(value) * (math.sqrt(rank) if configs.get(f"{component}.use_rslora") else 1.0)
 
     return alpha

@@ -13,6 +13,26 @@ from enum import StrEnum
 from sdtune.errors import TrainingError
 
 
+class Family(StrEnum):
+    """The families that differ in how a LoRA file names its modules."""
+
+    SD1 = "sd1"
+    SD2 = "sd2"
+    SDXL = "sdxl"
+
+
+class Form(StrEnum):
+    """The forms that a LoRA is kept in."""
+
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+    PEFT = "peft"
+
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+"""What a LoRA can sit on, by the names of the parts of a diffusers pipeline."""
+
+
 class LoraPart(StrEnum):
     """What a module consists of, by the suffixes of kohya's form."""
 
@@ -38,6 +58,19 @@ def diffusers_layer(component: str, path: str) -> str:
     if attention := re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", path):
         return f"unet.{attention[1]}.processor.to_{attention[2]}_lora"
     return f"unet.{path}.lora"
+
+
+def kohya_layer(component: str, path: str, family: Family) -> str:
+    """The name in kohya's form, up to the first dot of a key.
+
+    ``lora_unet_``, ``lora_te_``; SDXL: ``lora_te1_``, ``lora_te2_``, and the block names of its original UNet.
+    TrainingError: of a second text encoder, where the family has one.
+    """
+    sdxl = family is Family.SDXL
+    if component == "text_encoder_2" and not sdxl:
+        raise TrainingError(f"A LoRA of two text encoders cannot be written for {family}: only SDXL has two.")
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if sdxl else "lora_te", "text_encoder_2": "lora_te2"}
+    return kohya_name(prefixes[component], path, sgm=sdxl and component == "unet")
 
 
 def kohya_name(prefix: str, path: str, *, sgm: bool = False) -> str:

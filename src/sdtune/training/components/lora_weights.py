@@ -8,23 +8,15 @@ adapters is absent. UNet paths are diffusers' module names. Text-encoder paths a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sdtune.errors import TrainingError
+from sdtune.training.components.lora_names import Family as Family
 from sdtune.training.components.lora_names import classic_clip_path
-
-
-class Family(StrEnum):
-    """The families that differ in how a LoRA file names its modules."""
-
-    SD1 = "sd1"
-    SD2 = "sd2"
-    SDXL = "sdxl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +39,18 @@ class LoraModule:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, without a magnitude if there is none."""
+        held = {"down": self.down, "up": self.up, "magnitude": self.magnitude}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def to(self, dtype: torch.dtype | None) -> LoraModule:
+        """The same in ``dtype``; None: each tensor in its own."""
+        down, up = self.down.to(dtype or self.down.dtype), self.up.to(dtype or self.up.dtype)
+        magnitude = None if self.magnitude is None else self.magnitude.to(dtype or self.magnitude.dtype)
+        return replace(self, down=down, up=up, magnitude=magnitude)
 
     def delta(self) -> Tensor:
         """What is added to the layer's weight (before DoRA's normalisation), in its shape, float32."""
