@@ -1,4 +1,4 @@
-"""A LoRA in PEFT's own form: folders ``unet``, ``text_encoder``, ``text_encoder_2``, as its save_pretrained writes them.
+"""A LoRA in PEFT's own form: folders ``unet``, ``text_encoder``, ``text_encoder_2``, as save_pretrained writes them.
 
 Each holds ``adapter_config.json`` and ``adapter_model.safetensors``; ``PeftModel.from_pretrained(unet, folder/"unet")``
 loads it into a plain diffusers UNet or CLIP text encoder.
