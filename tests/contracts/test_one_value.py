@@ -59,6 +59,12 @@ VALUES: dict[str, Any] = {
     "conv_rank": 4,
     "save_bin": True,
     "use_dora": True,
+    "adapter": "loha",
+    "bias": "adapter_only",
+    "text_encoder_rank": 6,
+    "text_encoder_alpha": 3.0,
+    "text_encoder_dropout": 0.25,
+    "text_encoder_bias": "all",
     "rank": 8,
     "lora_alpha": 4.0,
     "lora_dropout": 0.125,
@@ -107,6 +113,7 @@ VALUES: dict[str, Any] = {
 }
 # What a field only makes sense beside, as far as the method has it.
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a cat", "class_data_dir": "my class"}
+TEXT_ENCODER = {"train_text_encoder": True}
 BESIDE: dict[str, dict[str, Any]] = {
     "lr_warmup_steps": {"lr_scheduler": "linear"},
     "lr_scheduler_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
@@ -114,7 +121,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "conv_alpha": {"conv_dim": 6, "conv_rank": 6},
     "keep_tokens": {"shuffle_caption": True},
     "random_crop": {"cache_latents": False},
-    "text_encoder_lr": {"train_text_encoder": True},
+    **dict.fromkeys([f"text_encoder_{name}" for name in ("lr", "rank", "alpha", "dropout", "bias")], TEXT_ENCODER),
     "ema_decay": {"use_ema": True},
     **dict.fromkeys([*PRIOR, "num_class_images", "prior_loss_weight"], PRIOR),
 }

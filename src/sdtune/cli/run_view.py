@@ -21,6 +21,8 @@ MEANING = {
     "single_file": "the same in one file, for A1111, Forge, ComfyUI, SD.Next",
     "lora": "for diffusers",
     "kohya_lora": "for A1111, Forge, ComfyUI, SD.Next",
+    "bin": "the same for old tools",
+    "peft": "for PEFT: PeftModel.from_pretrained",
     "contact_sheet": "before and after, to look at",
     "tensorboard": "curves: tensorboard --logdir",
     "recipe": "the settings, for --config",

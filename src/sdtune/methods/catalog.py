@@ -8,9 +8,18 @@ from sdtune.errors import RecipeError
 from sdtune.methods.dreambooth import DreamBooth, DreamBoothLora
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaNativeLora
+from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.methods.text_to_image import TextToImage, TextToImageLora
 
-ALL = (DreamBooth, DreamBoothLora, TextToImage, TextToImageLora, KohyaDreamBoothLora, KohyaNativeLora)
+ALL = (
+    DreamBooth,
+    DreamBoothLora,
+    TextToImage,
+    TextToImageLora,
+    PeftDreamBoothLora,
+    KohyaDreamBoothLora,
+    KohyaNativeLora,
+)
 METHODS: dict[str, type[CommonFields]] = {method.name: method for method in ALL}
 
 ALIASES = {
@@ -18,6 +27,7 @@ ALIASES = {
     "diffuser_dreambooth_lora": "dreambooth-lora",
     "diffuser_text_to_image": "text-to-image",
     "diffuser_text_to_image_lora": "text-to-image-lora",
+    "peft_lora": "peft-dreambooth-lora",
     "kohya_lora": "kohya-dreambooth-lora",
 }
 """What the quick-start scripts, which sdtune supersedes, called them."""

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     # diffusers imports it where it is installed, and it warns of kernels that no trainer here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What will change in them is for those who write such code.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.methods.fields import TextEncoderFields
+from sdtune.methods.fields import DreamBoothFields, TextEncoderFields
+from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.methods.text_to_image import TextToImageLora
 from sdtune.training.components.data import CachedImages
 from sdtune.training.components.export import kohya_metadata, write_diffusers_lora, write_kohya_lora
@@ -25,7 +26,7 @@ from sdtune.training.components.models import Parts
 from sdtune.training.components.optim import Group
 from sdtune.training.run import Run
 
-LoraMethod: TypeAlias = DreamBoothLora | TextToImageLora
+LoraMethod: TypeAlias = DreamBoothLora | TextToImageLora | PeftDreamBoothLora
 
 SMALLEST_CHANGE = 6e-8
 """Of a weight, in float16, the type of files for drawing: what is smaller is zero there."""
@@ -91,7 +92,7 @@ def save_lora(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
         )
     lora = write_diffusers_lora(weights, run.output)
     kohya_lora = run.output / f"{run.output.name}.safetensors"
-    write_kohya_lora(weights, kohya_lora, parts.family, _metadata(parts, method, run, images))
+    write_kohya_lora(weights, kohya_lora, parts.family, lora_metadata(parts, method, run, images))
     run.tell(events.Artifact("lora", str(lora)))
     run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
     if method.save_bin:
@@ -107,7 +108,8 @@ def _network_args(method: LoraMethod) -> str:
     return json.dumps({name: str(value) for name, value in told.items() if value is not None})
 
 
-def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) -> dict[str, str]:
+def lora_metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) -> dict[str, str]:
+    """The header of the file for web UIs."""
     shown = sum(picture.repeats for picture in images.pictures)
     pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps
     return kohya_metadata(
@@ -128,7 +130,7 @@ def _metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
         finished_at=time.time(),
         seed=method.seed,
         captions=[picture.caption for picture in images.pictures],
-        trigger_words=[method.instance_prompt] if isinstance(method, DreamBoothLora) else [],
+        trigger_words=[method.instance_prompt] if isinstance(method, DreamBoothFields) else [],
         more={
             "clip_skip": method.clip_skip + 1 if method.clip_skip else None,
             "enable_bucket": method.enable_bucket,

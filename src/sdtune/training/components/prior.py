@@ -12,6 +12,7 @@ from sdtune.errors import DatasetError
 from sdtune.methods.dreambooth import DreamBooth, DreamBoothLora
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Layout
+from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.training.components.dataset import Picture
 from sdtune.training.components.files import publish
 from sdtune.training.components.models import Parts
@@ -23,7 +24,7 @@ CLASS_SEED = 1_000_000
 """Far from the samples' seeds, so that no sample shows a class picture."""
 
 
-PriorMethod: TypeAlias = DreamBooth | DreamBoothLora
+PriorMethod: TypeAlias = DreamBooth | DreamBoothLora | PeftDreamBoothLora
 
 
 def class_pictures(method: PriorMethod, parts: Parts, run: Run) -> list[Picture]:

@@ -1,0 +1,176 @@
+"""PEFT's adapters on the UNet and the text encoders: attach them, and save them as PEFT does.
+
+The LoRA of dreambooth-lora and text-to-image-lora is in lora.py; here each model has its own size, of more kinds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import BOFTConfig, HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from safetensors.torch import load_file
+
+from sdtune import events
+from sdtune.errors import TrainingError
+from sdtune.methods.peft import PeftDreamBoothLora
+from sdtune.training.components.data import CachedImages
+from sdtune.training.components.files import publish
+from sdtune.training.components.kohya_metadata import public_name
+from sdtune.training.components.lora import CONVOLUTIONS, TEXT_ENCODER_MODULES, lora_metadata, save_lora
+from sdtune.training.components.lycoris import write_lycoris
+from sdtune.training.components.models import Parts
+from sdtune.training.components.optim import Group
+from sdtune.training.components.peft_folder import WEIGHTS_FILE
+from sdtune.training.run import Run
+
+KOHYA_KINDS = ("lora", "loha", "lokr", "hra")
+"""What web UIs read under some name; lycoris.py says how, and why not the others."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the adapters of one model are; alpha: None for its rank."""
+
+    rank: int
+    alpha: float | None
+    dropout: float
+    bias: str
+
+
+class Adapters:
+    """The adapters of one run; ``groups`` is what the optimizer takes.
+
+    What is trained is float32. The models are changed in place and draw as before until the first step.
+    """
+
+    def __init__(self, parts: Parts, method: PeftDreamBoothLora, run: Run) -> None:
+        self._parts, self._method, self._run = parts, method, run
+        unet = Size(method.rank, method.lora_alpha, method.lora_dropout, method.bias)
+        self._wrapped = {"unet": self._attach(parts.unet, unet, method.target_modules, method.conv_rank)}
+        self.groups = [_group(self._wrapped["unet"], method.learning_rate)]
+        if method.train_text_encoder:
+            size = Size(
+                rank=method.text_encoder_rank or method.rank,
+                alpha=method.text_encoder_alpha or method.lora_alpha,
+                dropout=unet.dropout if method.text_encoder_dropout is None else method.text_encoder_dropout,
+                bias=method.text_encoder_bias or method.bias,
+            )
+            for name, encoder in zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False):
+                self._wrapped[name] = self._attach(encoder, size, TEXT_ENCODER_MODULES)
+                self.groups.append(_group(self._wrapped[name], method.text_encoder_lr or method.learning_rate))
+        if not self._has_kohya_keys:
+            what = "trained biases" if method.adapter in KOHYA_KINDS else method.adapter
+            run.tell(events.Note(f"No file for web UIs will be written: they know nothing like {what}.", "warning"))
+        self._before = [parameter.detach().cpu().clone() for parameter in self._parameters()]
+
+    def _attach(self, model: Any, size: Size, targets: Sequence[str], conv_rank: int | None = None) -> Any:
+        method = self._method
+        convolutions: dict[str, Any] = {}
+        if conv_rank is not None:
+            alpha = float(conv_rank) if method.conv_alpha is None else method.conv_alpha
+            convolutions = {
+                "rank_pattern": dict.fromkeys(CONVOLUTIONS, conv_rank),
+                "alpha_pattern": dict.fromkeys(CONVOLUTIONS, alpha),
+            }
+            targets = [*targets, *CONVOLUTIONS]
+        config = adapter_config(method.adapter, size, use_dora=method.use_dora, **convolutions)
+        config.target_modules = set(targets)
+        try:
+            wrapped = get_peft_model(model, config)
+        except ValueError as error:
+            raise TrainingError(
+                f"adapter: {method.adapter} with rank {size.rank} cannot be put on {', '.join(targets)}: {error}"
+            ) from None
+        # It took the folder on this machine.
+        wrapped.peft_config["default"].base_model_name_or_path = public_name(method.base_model)
+        return wrapped
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    @property
+    def _has_kohya_keys(self) -> bool:
+        biases = [self._method.bias, self._method.text_encoder_bias or "none"]
+        return self._method.adapter in KOHYA_KINDS and set(biases) == {"none"}
+
+    def change(self) -> float:
+        """The largest change of a trained number. TrainingError if there is none, or one is not finite."""
+        pairs = zip(self._before, self._parameters(), strict=True)
+        changes = torch.stack([(after.detach().cpu() - before).abs().max() for before, after in pairs])
+        if not bool(changes.isfinite().all()):
+            raise TrainingError(
+                "the adapter is not finite (NaN or infinity), so it was not saved. "
+                "Train with a lower learning rate, or in bf16 or fp32 instead of fp16."
+            )
+        if changes.max() == 0:
+            raise TrainingError(
+                "the adapter is what it was: nothing was learned, so nothing was saved. Train longer than "
+                f"{self._method.max_train_steps} steps or raise --learning-rate {self._method.learning_rate}."
+            )
+        return float(changes.max())
+
+    def save(self, images: CachedImages) -> float:
+        """Write the adapters as PEFT does, and for web UIs and diffusers where these know the kind; the change."""
+        run = self._run
+        run.tell(events.Phase("save", "Saving the adapter"))
+        change = self.change()
+        for part, wrapped in self._wrapped.items():
+            _save_as_peft(wrapped, run.output / part)
+            run.tell(events.Artifact("peft", str(run.output / part)))
+        if self._method.adapter == "lora" and self._has_kohya_keys:
+            save_lora(self._parts, self._method, run, images)
+        elif self._has_kohya_keys:
+            models = {part: wrapped.get_base_model() for part, wrapped in self._wrapped.items()}
+            file = run.output / f"{run.output.name}.safetensors"
+            write_lycoris(models, file, self._parts.family, lora_metadata(self._parts, self._method, run, images))
+            run.tell(events.Artifact("kohya_lora", str(file)))
+        return change
+
+
+def _save_as_peft(wrapped: Any, folder: Path) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` for ``PeftModel.from_pretrained``, read back."""
+    with tempfile.TemporaryDirectory() as name:
+        wrapped.save_pretrained(name, save_embedding_layers=False)
+        # The configuration last: without it the folder is no adapter. PEFT's own README.md is an empty form.
+        for file in sorted(Path(name).glob("adapter_*"), reverse=True):
+            with publish(folder / file.name) as whole:
+                shutil.copyfile(file, whole)
+    kept = load_file(folder / WEIGHTS_FILE)
+    if not kept or not all(bool(tensor.isfinite().all()) for tensor in kept.values()):
+        raise TrainingError(f"{folder / WEIGHTS_FILE} does not hold what was written to it.")
+
+
+def adapter_config(kind: str, size: Size, *, use_dora: bool = False, **convolutions: Any) -> Any:
+    """PEFT's configuration of one model's adapters; convolutions: its rank_pattern and alpha_pattern."""
+    alpha = size.rank if size.alpha is None else size.alpha
+    # PEFT calls it lora_only, oft_only and so on.
+    bias = f"{kind}_only" if size.bias == "adapter_only" else size.bias
+    match kind:
+        case "lora":
+            return LoraConfig(
+                r=size.rank, lora_alpha=alpha, lora_dropout=size.dropout, bias=bias, use_dora=use_dora, **convolutions
+            )
+        case "loha":
+            return LoHaConfig(r=size.rank, alpha=alpha, rank_dropout=size.dropout, **convolutions)
+        case "lokr":
+            return LoKrConfig(r=size.rank, alpha=alpha, rank_dropout=size.dropout, **convolutions)
+        case "oft":
+            return OFTConfig(r=0, oft_block_size=size.rank, module_dropout=size.dropout, bias=bias)
+        case "boft":
+            return BOFTConfig(boft_block_size=size.rank, boft_dropout=size.dropout, bias=bias)
+        case "hra":
+            return HRAConfig(r=size.rank, bias=bias)
+        case _:
+            raise ValueError(kind)
+
+
+def _group(model: Any, learning_rate: float) -> Group:
+    cast_training_params(model, dtype=torch.float32)
+    return {"params": [one for one in model.parameters() if one.requires_grad], "lr": learning_rate}
