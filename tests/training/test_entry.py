@@ -21,7 +21,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdtune import events
 from sdtune.jobs.spec import plan_training
+from sdtune.methods.catalog import METHODS
 from sdtune.methods.dreambooth import DreamBoothLora
+from sdtune.training.__main__ import run_training
+from tests.conftest import BASE_MODEL, DATASETS
 
 
 def command(settings: dict[str, Any], dataset: Path, output: Path) -> list[str]:
@@ -72,15 +75,45 @@ def test_a_run_leaves_everything_it_promises(
     assert not [path for path in output.rglob("*") if ".partial-" in path.name]
 
 
-def test_the_same_settings_give_the_same_file(
+def test_the_same_settings_give_the_same_files(
     settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     dataset = pictures()
-    digests = []
+    made = []
     for name, more in (("one", {}), ("two", {}), ("three", {"seed": 1})):
-        assert train({**settings, "num_samples": 0, **more}, dataset, tmp_path / name)[0] == 0
-        digests.append(sha256((tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest())
-    assert digests[0] == digests[1] != digests[2]
+        assert train({**settings, "num_samples": 0, **more}, dataset, tmp_path / name / "cat")[0] == 0
+        made.append(digests(tmp_path / name / "cat"))
+    assert len(made[0]) == 2
+    assert made[0] == made[1]
+    assert all(made[0][name] != made[2][name] for name in made[0])
+
+
+def digests(output: Path) -> dict[str, str]:
+    files = [file for file in output.rglob("*") if file.suffix in (".safetensors", ".json", ".txt", ".bin")]
+    return {str(file.relative_to(output)): sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "count"),
+    [
+        ("dreambooth", {"with_prior_preservation": True, "class_prompt": "a cat", "num_class_images": 2}, 11),
+        ("text-to-image", {"use_ema": True, "snr_gamma": 5, "random_flip": True}, 11),
+        ("text-to-image-lora", {"lora_dropout": 0.2, "proportion_empty_prompts": 0.5, "save_bin": True}, 3),
+        ("peft-dreambooth-lora", {"train_text_encoder": True, "use_dora": True}, 6),
+    ],
+)
+def test_so_does_every_method(tmp_path: Path, name: str, more: dict[str, Any], count: int) -> None:
+    method = METHODS[name]
+    common = {"base_model": str(BASE_MODEL), "max_train_steps": 2, "num_samples": 0, "sample_steps": 2}
+    if "instance_prompt" in method.model_fields:
+        common["instance_prompt"] = "a photo of sks cat"
+    dataset = DATASETS / method.layout.value
+    made = []
+    for folder in ("one", "two"):
+        run_training(method.from_settings({**common, **more}), dataset, tmp_path / folder / "cat")
+        made.append(digests(tmp_path / folder / "cat"))
+    assert made[0] == made[1]
+    assert len(made[0]) == count, sorted(made[0])
 
 
 def test_a_searchs_value_wins(settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path) -> None:

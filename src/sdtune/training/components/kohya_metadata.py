@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 
 from torch import Tensor
@@ -39,8 +38,6 @@ def kohya_metadata(
     optimizer: str,
     batch_size: int,
     num_train_images: int,
-    started_at: float,
-    finished_at: float,
     seed: int | None = None,
     v_prediction: bool = False,
     captions: Iterable[str] = (),
@@ -50,10 +47,11 @@ def kohya_metadata(
 ) -> dict[str, str]:
     """The header of a kohya-form file: the ``ss_*`` entries that UIs show and filter by, and ``modelspec.*``.
 
-    resolution: a side or (width, height); batch_size: per device; started_at, finished_at: seconds since 1970.
+    resolution: a side or (width, height); batch_size: per device.
     captions: one per training image, for ss_tag_frequency. more: further ss_ entries under kohya's names without the
     prefix, e.g. ``{"lr_scheduler": "cosine"}``. An entry that is None is left out.
-    Folders of this machine are not told: of a local base model, only the name of its file or folder.
+    Folders of this machine are not told (of a local base model, only the name of its file or folder), nor is the
+    time: the same run gives the same file.
     Source: train_network.py and library/sai_model_spec.py of kohya-ss/sd-scripts; Stability-AI/ModelSpec 1.0.0.
     """
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -77,8 +75,6 @@ def kohya_metadata(
         "batch_size_per_device": batch_size,
         "num_train_images": num_train_images,
         "seed": seed,
-        "training_started_at": float(started_at),
-        "training_finished_at": float(finished_at),
         "tag_frequency": json.dumps({dataset_name: dict(frequency.most_common())}) if frequency else None,
         **(more or {}),
     }
@@ -93,7 +89,6 @@ def kohya_metadata(
         ),
         "title": title,
         "resolution": f"{width}x{height}",
-        "date": datetime.fromtimestamp(int(finished_at), UTC).isoformat(),
         "prediction_type": "v" if v_prediction else "epsilon",
         "trigger_phrase": ", ".join(trigger_words) or None,
     }

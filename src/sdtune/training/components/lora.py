@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any, TypeAlias
 
 import torch
@@ -126,8 +125,6 @@ def lora_metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImag
         optimizer=method.optimizer,
         batch_size=method.train_batch_size,
         num_train_images=shown,
-        started_at=run.started,
-        finished_at=time.time(),
         seed=method.seed,
         captions=[picture.caption for picture in images.pictures],
         trigger_words=[method.instance_prompt] if isinstance(method, DreamBoothFields) else [],
