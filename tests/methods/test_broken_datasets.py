@@ -9,9 +9,12 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from sdtune.errors import DatasetError
 from sdtune.methods.layouts import Layout, check
@@ -41,6 +44,31 @@ def text(path: Path, content: str | bytes = "a cat") -> Path:
 
 def rows(path: Path, *records: object, name: str = "metadata.jsonl") -> Path:
     return text(path / name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def table(path: Path, **columns: Any) -> Path:
+    """metadata.parquet with two rows; a column that is None is left out."""
+    whole = {"file_name": ["a.png", "a.png"], "text": ["a cat", "another"], **columns}
+    parquet.write_table(
+        pyarrow.table({name: values for name, values in whole.items() if values is not None}),
+        path / "metadata.parquet",
+    )
+    return path / "metadata.parquet"
+
+
+def column_twice(path: Path) -> None:
+    columns = [pyarrow.array(["a.png"]), pyarrow.array(["a cat"]), pyarrow.array(["another"])]
+    parquet.write_table(pyarrow.table(columns, names=["file_name", "text", "text"]), path / "metadata.parquet")
+
+
+def strings(*values: str) -> pyarrow.Array:
+    return pyarrow.array(values, pyarrow.string())
+
+
+def latin_1() -> pyarrow.Array:
+    """Two strings, the second of which is not the UTF-8 that its type promises."""
+    ends = pyarrow.py_buffer(struct.pack("<3i", 0, 5, 9))
+    return pyarrow.StringArray.from_buffers(2, ends, pyarrow.py_buffer(b"a catcaf\xe9"))
 
 
 def row(file_name: object = "a.png", caption: object = "a cat") -> dict[str, object]:
@@ -226,21 +254,13 @@ BROKEN: list[tuple[str, Build, Layout, str, Severity, str, tuple[str, ...]]] = [
             ("Metadata.jsonl", "to metadata.jsonl"),
             ("captions.jsonl", "to metadata.jsonl"),
             ("captions.csv", "to metadata.csv"),
+            ("captions.parquet", "Rename it to metadata.parquet"),
         ]
     ),
     (
         "two metadata",
         one(lambda d: rows(d, row()), lambda d: rows(d, row(), name="metadata.csv")),
         *(CAPTIONED, "two-metadata", ERROR, "", ("metadata.jsonl and metadata.csv",)),
-    ),
-    (
-        "parquet",
-        one(lambda d: text(d / "metadata.parquet")),
-        CAPTIONED,
-        "parquet",
-        ERROR,
-        "metadata.parquet",
-        ("file_name",),
     ),
     (
         "metadata below",
@@ -321,6 +341,42 @@ BROKEN: list[tuple[str, Build, Layout, str, Severity, str, tuple[str, ...]]] = [
             ("only a header", "file_name,text\n", "no-rows", ("no rows",)),
         ]
     ),
+    *(
+        (
+            f"parquet: {name}",
+            one(lambda d, columns=columns: table(d, **columns)),
+            *(CAPTIONED, code, severity, "metadata.parquet", words),
+        )
+        for name, columns, code, severity, words in [
+            ("missing", {"file_name": ["a.png", "aa.png"]}, "missing-file", ERROR, ("row 2", "mean 'a.png'?")),
+            ("null name", {"file_name": ["a.png", None]}, "bad-file-name", ERROR, ("row 2", "null")),
+            ("null text", {"text": ["a cat", None]}, "bad-caption", ERROR, ("row 2", "null")),
+            ("empty text", {"text": ["a cat", " "]}, "empty-caption", ERROR, ("row 2", "remove the row")),
+            ("only nulls", {"text": [None, None]}, "bad-caption", ERROR, ("column text", "type null", "strings")),
+            ("numbers", {"file_name": [1, 2]}, "bad-file-name", ERROR, ("column file_name", "int64")),
+            ("lists", {"text": [["a", "b"], ["c"]]}, "bad-caption", ERROR, ("list<", "must hold strings")),
+            ("bytes", {"text": [b"a", b"b"]}, "bad-caption", ERROR, ("type binary",)),
+            ("not UTF-8", {"text": latin_1()}, "metadata-encoding", ERROR, ("row 2", "UTF-8")),
+            ("no rows", {"file_name": strings(), "text": strings()}, "no-rows", ERROR, ("no rows",)),
+            ("no text", {"text": None, "prompt": ["a", "b"]}, "no-text", ERROR, ("Rename 'prompt' to 'text'",)),
+            ("no name", {"file_name": None, "id": [1, 2]}, "no-file-name", ERROR, ("'text', 'id'", "no 'file_name'")),
+            ("twice", {}, "named-twice", WARNING, ("rows 1 and 2", "Keep one row")),
+        ]
+    ),
+    *(
+        (
+            f"parquet: {name}",
+            one(lambda d, damage=damage: damage(table(d, file_name=["a.png"], text=["a cat"]))),
+            *(CAPTIONED, "bad-parquet", ERROR, "metadata.parquet", words),
+        )
+        for name, damage, words in [
+            ("is text", lambda file: text(file, json.dumps(row())), ("magic bytes", "Write it again")),
+            ("empty file", lambda file: text(file, b""), ("0 bytes",)),
+            ("cut", cut, ("no whole Parquet file",)),
+            ("damaged", lambda file: text(file, file.read_bytes().replace(b"a.png", b"\xff" * 5, 1)[4:]), ("whole",)),
+        ]
+    ),
+    ("parquet: a column twice", one(column_twice), CAPTIONED, "bad-parquet", ERROR, "metadata.parquet", ("text",)),
     # --- kohya
     ("flat", one(), KOHYA, "flat-images", ERROR, "", ("1 image", "'a.png'", "<repeats>_<name>")),
     ("no number", lambda d: image(d / "sks" / "a.png"), KOHYA, "no-repeats", ERROR, "sks", ("silently", "'10_sks'")),

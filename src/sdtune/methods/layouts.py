@@ -113,7 +113,7 @@ def _read_images(folder: Folder, draft: Draft) -> list[_Asked]:
 
 
 def _read_captioned(folder: Folder, draft: Draft) -> list[_Asked]:
-    """Layout.CAPTIONED: metadata.jsonl or metadata.csv says which images there are."""
+    """Layout.CAPTIONED: metadata.jsonl or its like says which images there are."""
     if not folder.images:
         _explain_no_images(folder, draft)
         return []

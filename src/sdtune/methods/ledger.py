@@ -19,7 +19,7 @@ class Layout(StrEnum):
     IMAGES = "images"
     """One flat folder of images; captions, if any, in <stem>.txt beside the image or in one metadata.jsonl."""
     CAPTIONED = "captioned"
-    """Images and one metadata.jsonl or metadata.csv with file_name and text, as Hugging Face's imagefolder reads it."""
+    """Images and one metadata.jsonl (csv, parquet) with file_name and text, as Hugging Face's imagefolder reads it."""
     KOHYA = "kohya"
     """A folder of folders named <repeats>_<name>, as kohya's sd-scripts reads it."""
 
@@ -87,11 +87,11 @@ SEVERITY: dict[str, Severity] = {
     "misnamed-metadata": ERROR,
     "ignored-metadata": WARNING,
     "two-metadata": ERROR,
-    "parquet": ERROR,
     "metadata-encoding": ERROR,
     "json-array": ERROR,
     "bad-json": ERROR,
     "bad-csv": ERROR,
+    "bad-parquet": ERROR,
     "no-rows": ERROR,
     "no-file-name": ERROR,
     "no-text": ERROR,

@@ -1,4 +1,4 @@
-"""metadata.jsonl and metadata.csv: which one there is, and its rows, as Hugging Face's imagefolder reads them."""
+"""metadata.jsonl, .csv and .parquet: which one there is, and its rows, as Hugging Face's imagefolder reads them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 
 from sdtune.methods.folders import Folder, number_of
 from sdtune.methods.ledger import Draft
+from sdtune.methods.parquet import read_parquet
 from sdtune.methods.sources import File
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 EXAMPLE_ROW = '{"file_name": "cat.png", "text": "a photo of a cat"}'
 
-_MISNAMED = re.compile(r"meta.?data.*|.*\.jsonl.*|(captions?|prompts?|train)\.(json|csv)")
+_MISNAMED = re.compile(r"meta.?data.*|.*\.jsonl.*|(captions?|prompts?|train)\.(json|csv|parquet)")
 _FILE_NAME_WORDS = (
     "file",
     "filename",
@@ -38,9 +39,9 @@ _TEXT_WORDS = ("caption", "captions", "prompt", "description", "label", "txt", "
 
 @dataclass(frozen=True, slots=True)
 class MetadataRow:
-    """One row. ``text`` is None where an error about it has been noted."""
+    """One row. where: such as ``line 3``. text: None where an error about it has been noted."""
 
-    line: int
+    where: str
     file_name: str
     text: str | None
 
@@ -54,12 +55,6 @@ def find_metadata(folder: Folder, draft: Draft, required: bool) -> File | None:
     if not present:
         _explain_no_metadata(folder, draft, required)
         return None
-    if present == ["metadata.parquet"]:
-        message = (
-            f"is not read. Write its columns file_name and text as metadata.jsonl, one line per image: {EXAMPLE_ROW}"
-        )
-        draft.reject("parquet", present[0], message)
-        return None
     for path in folder.others:
         if "/" in path and basename(path) in METADATA:
             draft.reject("ignored-metadata", path, f"is not read: {present[0]} at the top of the dataset is.")
@@ -70,7 +65,8 @@ def find_metadata(folder: Folder, draft: Draft, required: bool) -> File | None:
 def _explain_no_metadata(folder: Folder, draft: Draft, required: bool) -> None:
     misnamed = [path for path in folder.others if "/" not in path and _MISNAMED.fullmatch(path.lower())]
     for path in misnamed:
-        right = "metadata.csv" if ".csv" in path.lower() else "metadata.jsonl"
+        kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in path.lower()), "jsonl")
+        right = f"metadata.{kind}"
         lines = ", with one JSON object per line," if re.search(r"\.json(?!l)", path.lower()) else ""
         if required:
             draft.reject("misnamed-metadata", path, f"is not read under this name. Rename it{lines} to {right}.")
@@ -89,23 +85,11 @@ def _explain_no_metadata(folder: Folder, draft: Draft, required: bool) -> None:
 def read_metadata(file: File, draft: Draft, images: Collection[str]) -> list[MetadataRow] | None:
     """The rows that name one of ``images``, as Hugging Face's imagefolder takes them; all faults are noted.
 
-    None if the file as a whole could not be read.
+    None if the file as a whole could not be read. ProjectError: it needs a library that is not installed.
     """
-    try:
-        with file.open() as stream:
-            data = stream.read()
-    except OSError as error:
-        draft.find("unreadable", file.path, f"cannot be opened ({error.strerror or error}).")
-        return None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        draft.find("metadata-encoding", file.path, f"line {line} is not UTF-8 text. Save the file as UTF-8.")
-        return None
     before = len(draft.findings)
-    read = _read_csv if file.path.lower().endswith(".csv") else _read_jsonl
-    records = list(read(text, file.path, draft))
+    read = read_parquet if file.path.lower().endswith(".parquet") else _read_text
+    records = read(file, draft)
     broken = len(draft.findings) > before
     if not records:
         if not broken:
@@ -116,12 +100,30 @@ def read_metadata(file: File, draft: Draft, images: Collection[str]) -> list[Met
     if not (_has_column("text", _TEXT_WORDS, "no-text", records, file.path, draft)):
         return None
     names = _Names(images)
-    rows = [row for line, record in records if (row := _row(line, record, file.path, draft, names)) is not None]
+    rows = [row for where, record in records if (row := _row(where, record, file.path, draft, names)) is not None]
     _find_named_twice(rows, file.path, draft)
     return rows
 
 
-Record = tuple[int, dict[str, Any]]
+Record = tuple[str, dict[str, Any]]
+"""Where it stands, such as ``line 3``, and the row."""
+
+
+def _read_text(file: File, draft: Draft) -> list[Record]:
+    try:
+        with file.open() as stream:
+            data = stream.read()
+    except OSError as error:
+        draft.find("unreadable", file.path, f"cannot be opened ({error.strerror or error}).")
+        return []
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        draft.find("metadata-encoding", file.path, f"line {line} is not UTF-8 text. Save the file as UTF-8.")
+        return []
+    read = _read_csv if file.path.lower().endswith(".csv") else _read_jsonl
+    return list(read(text, file.path, draft))
 
 
 def _read_jsonl(text: str, path: str, draft: Draft) -> Iterator[Record]:
@@ -150,7 +152,7 @@ def _read_jsonl(text: str, path: str, draft: Draft) -> Iterator[Record]:
             draft.find("bad-json", path, f"line {number}: not to be read as JSON ({error}).")
             continue
         if isinstance(record, dict):
-            yield number, record
+            yield f"line {number}", record
         else:
             draft.find("bad-json", path, f"line {number}: is no JSON object. Write lines such as {EXAMPLE_ROW}")
 
@@ -176,17 +178,17 @@ def _read_csv(text: str, path: str, draft: Draft) -> Iterator[Record]:
                     " Put a text that holds a comma in double quotes.",
                 )
             else:
-                yield reader.line_num, dict(zip(header, cells, strict=True))
+                yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
         draft.find("bad-csv", path, f"line {reader.line_num}: not CSV ({error}).")
 
 
 def _has_column(column: str, alike: tuple[str, ...], code: str, records: list[Record], path: str, draft: Draft) -> bool:
     """Whether a row has the column; one finding if none has, one per row that lacks it otherwise."""
-    lacking = [(line, record) for line, record in records if column not in record]
+    lacking = [(where, record) for where, record in records if column not in record]
     if len(lacking) < len(records):
-        for line, _ in lacking:
-            draft.find(code, path, f"line {line}: has no {column}.")
+        for where, _ in lacking:
+            draft.find(code, path, f"{where}: has no {column}.")
         return True
     found = list(records[0][1])
     rename = next((key for key in found if key.strip().lower() in (column, *alike)), None)
@@ -196,28 +198,29 @@ def _has_column(column: str, alike: tuple[str, ...], code: str, records: list[Re
     return False
 
 
-def _row(line: int, record: dict[str, Any], path: str, draft: Draft, names: _Names) -> MetadataRow | None:
+def _row(where: str, record: dict[str, Any], path: str, draft: Draft, names: _Names) -> MetadataRow | None:
     if "file_name" not in record:
         return None
     name, text = record["file_name"], record.get("text")
     if (wrong := _wrong_file_name(name)) is not None:
-        draft.find("bad-file-name", path, f"line {line}: file_name {wrong}.")
+        draft.find("bad-file-name", path, f"{where}: file_name {wrong}.")
         return None
     name = normpath(name)
     if name not in names.images:
-        draft.find("missing-file", path, f"line {line}: there is no image {_short(name)}.{names.advice(name)}")
+        draft.find("missing-file", path, f"{where}: there is no image {_short(name)}.{names.advice(name)}")
         return None
     caption = None
     if not isinstance(text, str):
         if "text" in record:
-            draft.find("bad-caption", path, f"line {line}: text is {_kind(text)}; it must be a string.")
+            draft.find("bad-caption", path, f"{where}: text is {_kind(text)}; it must be a string.")
     elif not text.strip():
-        draft.find("empty-caption", path, f"line {line}: text is empty. Describe the image or remove the line.")
+        message = f"{where}: text is empty. Describe the image or remove the {where.split()[0]}."
+        draft.find("empty-caption", path, message)
     elif not _is_text(text):
-        draft.find("bad-caption", path, f"line {line}: text holds half a character (a lone surrogate).")
+        draft.find("bad-caption", path, f"{where}: text holds half a character (a lone surrogate).")
     else:
         caption = text.strip()
-    return MetadataRow(line, name, caption)
+    return MetadataRow(where, name, caption)
 
 
 def _wrong_file_name(name: object) -> str | None:
@@ -266,14 +269,16 @@ class _Names:
 
 
 def _find_named_twice(rows: list[MetadataRow], path: str, draft: Draft) -> None:
-    lines: dict[str, list[int]] = {}
+    named: dict[str, list[str]] = {}
     for row in rows:
-        lines.setdefault(row.file_name, []).append(row.line)
-    for name, named in lines.items():
-        if len(named) > 1:
-            where = ", ".join(str(line) for line in named[:-1]) + f" and {named[-1]}"
+        named.setdefault(row.file_name, []).append(row.where)
+    for name, places in named.items():
+        if len(places) > 1:
+            kind = places[0].split()[0]
+            *first, last = (place.split()[1] for place in places)
             message = (
-                f"lines {where} name {_short(name)}: it is used {len(named)} times. Keep one line if that is wrong."
+                f"{kind}s {', '.join(first)} and {last} name {_short(name)}: it is used {len(places)} times. "
+                f"Keep one {kind} if that is wrong."
             )
             draft.find("named-twice", path, message)
 
