@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from tests.servers.storage import StorageServer
 
 ROOT = Path(__file__).parent.parent
 BASE_MODEL = ROOT / "examples" / "base-model"
@@ -42,3 +44,11 @@ def settings() -> dict[str, Any]:
         "num_samples": 1,
         "sample_steps": 2,
     }
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
+    """Cloud Storage, empty; Google's own clients of this process and of its children find it."""
+    with StorageServer() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+        yield server
