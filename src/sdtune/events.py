@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The run has begun a part of its work: ``load``, ``cache``, ``sample``, ``train`` or ``save``."""
+    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``train`` or ``save``."""
 
     event: ClassVar[str] = "phase"
     name: str
@@ -24,7 +24,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a phase has come: ``done`` of ``total`` pictures or sampling steps."""
+    """How far a phase has come: ``done`` of ``total`` pictures, sampling steps or megabytes."""
 
     event: ClassVar[str] = "progress"
     name: str

@@ -60,6 +60,21 @@ def test_json_is_one_object_per_line(sdtune: Command, pictures: Callable[..., Pa
     assert lines[-1]["command"][1:5] == ["-m", "sdtune.training", "train", "dreambooth-lora"]
 
 
+def test_a_base_model_that_moved_is_told_in_the_plan(
+    sdtune: Command, pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = [*good(pictures(), tmp_path), "--base-model", "runwayml/stable-diffusion-v1-5", "--revision", "v2"]
+    there = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    note = f"base_model: runwayml/stable-diffusion-v1-5 is no longer on Hugging Face; its copy {there} is used."
+    _, out, _ = sdtune(*words, "--dry-run")
+    assert f"  base model  {there} at v2\n" in out
+    assert f"warning: {note}\n" in out
+    _, out, _ = sdtune(*words, "--dry-run", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert {"event": "note", "level": "warning", "text": note} in lines
+    assert [line["settings"]["base_model"] for line in lines if line["event"] == "plan"] == [there]
+
+
 def test_all_mistakes_together_and_nothing_written(sdtune: Command, tmp_path: Path) -> None:
     code, out, err = sdtune(
         "train", "dreambooth-lora", "--base-model", BASE_MODEL, "--dataset", tmp_path / "nowhere",

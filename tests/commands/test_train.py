@@ -65,7 +65,7 @@ def test_every_mistake_is_told_at_once(settings: dict[str, Any], tmp_path: Path)
     settings |= {"rank": 0, "base_model": "./nowhere"}
     with pytest.raises(RecipeError) as caught:
         plan_train(DreamBoothLora, settings, str(tmp_path / "no data"), None, LocalBackend())
-    for words in ("rank: found 0", "base_model: no folder './nowhere'", "output: missing", "no data"):
+    for words in ("rank: found 0", "base_model: no folder or file './nowhere'", "output: missing", "no data"):
         assert words in str(caught.value)
 
 
@@ -195,3 +195,24 @@ def test_keeping_every_picture_out_is_refused_before_the_start(
     settings["held_out_images"] = 3
     with pytest.raises(DatasetError, match="held_out_images: 3 of 3 pictures would leave none to train on"):
         plan_train(DreamBoothLora, settings, str(pictures()), str(tmp_path / "out"), LocalBackend())
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/sd", "/gcs/bucket/sd", "gs://bucket/sd/"])
+def test_a_base_model_in_a_bucket_is_sent_as_its_address(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    settings["base_model"] = name
+    plan = plan_train(DreamBoothLora, settings, str(pictures()), str(tmp_path / "out"), LocalBackend())
+    assert plan.method.base_model == "gs://bucket/sd"
+    assert DreamBoothLora.from_args(plan.job.args[4:]) == plan.method
+
+
+def test_a_base_model_that_moved_is_sent_as_what_it_is_now(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= {"base_model": "runwayml/stable-diffusion-v1-5", "revision": "v2"}
+    plan = plan_train(DreamBoothLora, settings, str(pictures()), str(tmp_path / "out"), LocalBackend())
+    assert (plan.method.base_model, plan.method.revision) == ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v2")
+    settings["base_model"] = str(tmp_path)
+    with pytest.raises(RecipeError, match=r"revision: found 'v2', but .* is no Hugging Face id"):
+        plan_train(DreamBoothLora, settings, str(tmp_path / "pictures"), str(tmp_path / "out"), LocalBackend())

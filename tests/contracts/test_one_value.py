@@ -33,6 +33,7 @@ AWKWARD = [
 # A value that no field has by default, by the field's type and bounds.
 VALUES: dict[str, Any] = {
     "base_model": "someone/some-model",
+    "revision": "v2.1",
     "resolution": 768,
     "gradient_accumulation_steps": 3,
     "max_train_steps": 77,

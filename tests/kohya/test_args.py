@@ -65,7 +65,15 @@ def test_the_parser_accepts_the_defaults(method: KohyaFields, family: Family) ->
 
 
 # What acts on the run but not through an option: on the base model's place, on the prompts, on the process.
-ELSEWHERE = {"base_model", "v_parameterization", "sample_prompt", "num_samples", "sample_steps", "guidance_scale"}
+ELSEWHERE = {
+    "base_model",
+    "revision",
+    "v_parameterization",
+    "sample_prompt",
+    "num_samples",
+    "sample_steps",
+    "guidance_scale",
+}
 ELSEWHERE |= {"mixed_precision", "class_data_dir"}
 
 

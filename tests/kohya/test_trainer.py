@@ -27,6 +27,7 @@ from sdtune.training.__main__ import main
 from sdtune.training.kohya import launcher
 from sdtune.training.kohya.process import FOLDER, PYTHON, find_sd_scripts
 from tests.kohya.test_base import model
+from tests.servers.storage import StorageServer
 
 FAKE = Path(__file__).parent / "fake"
 
@@ -102,6 +103,23 @@ def test_a_run_leaves_everything_it_promises(train: Train, tmp_path: Path) -> No
     curves = EventAccumulator(str(output / "logs")).Reload()
     assert {"train/loss", "train/learning_rate", "train/avr_loss"} <= set(curves.Tags()["scalars"])
     assert curves.Scalars("train/avr_loss")[-1].value == 0.75
+
+
+def test_a_base_model_comes_from_a_bucket_whose_name_is_not_told(
+    train: Train, tmp_path: Path, storage: StorageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    folder = model(tmp_path / "uploaded")
+    for path in folder.rglob("*.*"):
+        storage.put("secret", f"sd/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    for part in ("unet", "vae"):
+        storage.put("secret", f"sd/{part}/diffusion_pytorch_model.safetensors", b"not opened by the stand-in")
+    code, told, printed = train(base_model="gs://secret/sd")
+    assert code == 0, printed
+    assert next(event.name for event in told if isinstance(event, events.Phase)) == "fetch"
+    with safe_open(tmp_path / "my cat" / "my cat.safetensors", "pt") as lora:
+        assert lora.metadata()["ss_sd_model_name"] == "sd"
+        assert "secret" not in str(lora.metadata())
 
 
 @pytest.mark.parametrize(

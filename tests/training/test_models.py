@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.errors import RecipeError, TrainingError
@@ -81,8 +84,6 @@ def test_a_lora_of_sdxl_trains_and_names_both_encoders(
 def test_what_cannot_be_trained_is_named(
     method: DreamBoothLora, run: Run, tmp_path: Path, name: str, words: str
 ) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(BASE_MODEL, broken)
     if name == "model_index.json":
@@ -93,6 +94,76 @@ def test_what_cannot_be_trained_is_named(
     with pytest.raises(TrainingError) as caught:
         load_parts(changed(method, base_model=str(broken)), run)
     assert words in str(caught.value)
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.sprung,)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
+@pytest.mark.parametrize("trapped", [False, True], ids=["weights", "code"])
+def test_pickled_weights_are_read_and_their_code_never_runs(
+    method: DreamBoothLora, run: Run, tmp_path: Path, part: str, trapped: bool
+) -> None:
+    """A folder with .bin files alone, as older ones are."""
+    folder, sprung = tmp_path / "pickled", tmp_path / "sprung"
+    shutil.copytree(BASE_MODEL, folder)
+    safe = next((folder / part).glob("*.safetensors"))
+    weights: dict[str, Any] = load_file(safe)
+    safe.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save({**weights, "trap": Trap(sprung)} if trapped else weights, folder / part / name)
+    if trapped:
+        with pytest.raises(
+            TrainingError, match=r"is not whole|the \.bin file of the text_encoder .* Pickled files can run"
+        ):
+            load_parts(changed(method, base_model=str(folder)), run)
+    else:
+        parts, expected = load_parts(changed(method, base_model=str(folder)), run), load_parts(method, run)
+        for module, same in zip(parts.modules, expected.modules, strict=True):
+            assert_close(module.state_dict(), same.state_dict(), rtol=0, atol=0)
+    assert not sprung.exists()
+    torch.load(folder / part / name, weights_only=False)
+    assert sprung.exists() is trapped  # so it would have sprung
+
+
+@pytest.mark.parametrize("trained", [(), ("unet",), ("unet", "text_encoder")])
+def test_frozen_weights_are_loaded_as_they_are_wanted(
+    method: DreamBoothLora, run: Run, tiny_sdxl: Path, trained: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit what casting from float32 gives; and no frozen part but the VAE was float32 on its way."""
+    whole = load_parts(changed(method, base_model=str(tiny_sdxl)), run)
+    monkeypatch.setattr(Run, "weight_dtype", torch.bfloat16)
+    read: dict[str, Any] = {}
+    for kind in (UNet2DConditionModel, CLIPTextModel, CLIPTextModelWithProjection):
+        spy(kind, read, monkeypatch)
+    parts = load_parts(changed(method, base_model=str(tiny_sdxl)), run, trained)
+    assert parts.vae.dtype == torch.float32
+    encoders, unet = [torch.float32 if part in trained else torch.bfloat16 for part in ("text_encoder", "unet")]
+    assert read == {"unet": unet, "text_encoder": encoders, "text_encoder_2": encoders}
+    for module, expected in zip(parts.modules, whole.modules, strict=True):
+        state = module.state_dict()
+        cast = {key: value.to(state[key].dtype) for key, value in expected.state_dict().items()}
+        assert_close(state, cast, rtol=0, atol=0)
+        assert module.dtype in (unet, encoders, torch.float32)
+
+
+def spy(kind: Any, read: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes the type of weights that each part has as it is read."""
+    original = kind.from_pretrained
+
+    def noted(*place: Any, subfolder: str, **options: Any) -> Any:
+        part = original(*place, subfolder=subfolder, **options)
+        read[subfolder] = part.dtype
+        return part
+
+    monkeypatch.setattr(kind, "from_pretrained", noted)
 
 
 def test_a_file_that_is_no_checkpoint_is_named(method: DreamBoothLora, run: Run, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class JsonConsole(Console):
 
     def plan(self, plan: TrainingPlan, place: str) -> None:
         self._line("plan", place=place, job=plan.job.name, output=plan.job.output, settings=plan.method.settings())
+        if plan.base_model.note:
+            self._line(**events.to_dict(events.Note(plan.base_model.note, "warning")))
 
     def rendered(self, rendered: dict[str, Any]) -> None:
         self._line("dry_run", **rendered)
@@ -122,7 +124,7 @@ class HumanConsole(Console):
         self.out.print(f"[bold]{method.name}[/bold] on {place}")
         shown = count(len(plan.ledger.examples), "picture")
         for name, value in (
-            ("base model", method.base_model),
+            ("base model", method.base_model + (f" at {method.revision}" if method.revision else "")),
             ("dataset", f"{shown}{size} from {plan.ledger.root}"),
             (
                 "training",
@@ -131,6 +133,8 @@ class HumanConsole(Console):
             ("output", plan.job.output),
         ):
             self.out.print(f"  {name:<12}{escape(str(value))}")
+        if plan.base_model.note:
+            self.out.print(f"[yellow]warning:[/] {escape(plan.base_model.note)}")
 
     def rendered(self, rendered: dict[str, Any]) -> None:
         self.out.print("\nNothing was started. This would run:")

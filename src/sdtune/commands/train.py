@@ -49,7 +49,8 @@ def plan_train(
     with mistakes:
         recipe = method.from_settings(settings)
     with mistakes:
-        base_model = find_base_model(str(settings.get("base_model", method.model_fields["base_model"].default)))
+        name = str(settings.get("base_model", method.model_fields["base_model"].default))
+        base_model = find_base_model(name, settings.get("revision"))
     with mistakes:
         _check_class_pictures(method, settings)
     with mistakes:
@@ -68,8 +69,10 @@ def plan_train(
             recipe.check_examples(len(ledger.examples))
     mistakes.raise_if_any()
     # The training process may start in another folder.
-    here = {"base_model": base_model.path, "class_data_dir": getattr(recipe, "class_data_dir", None)}
-    recipe = recipe.model_copy(update={name: backend.resolve(str(path)) for name, path in here.items() if path})
+    sources = {"base_model": base_model.name}
+    if folder := getattr(recipe, "class_data_dir", None):
+        sources["class_data_dir"] = backend.resolve(folder)
+    recipe = recipe.model_copy(update=sources)
     job = plan_training(recipe, backend.resolve(str(dataset)), target)
     return TrainingPlan(recipe, base_model, ledger, job, backend.render(job))
 

@@ -21,9 +21,14 @@ class CommonFields(Method):
         str,
         Field(
             min_length=1,
-            description="The model to start from: a Hugging Face id, a diffusers folder, or one .safetensors file.",
+            description="The model to start from: a Hugging Face id, a diffusers folder, or one .safetensors file; "
+            "the latter two here or at gs://bucket/path.",
         ),
     ] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    revision: Annotated[
+        str | None,
+        Field(min_length=1, description="Branch, tag or commit of a Hugging Face id. Not given: its main branch."),
+    ] = None
     resolution: Annotated[
         int | None,
         Field(

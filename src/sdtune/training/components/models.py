@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.errors import RecipeError, TrainingError
+from sdtune.methods.base_models import BaseModel
 from sdtune.methods.buckets import STEP
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
+from sdtune.training.components.store import base_model_here
 from sdtune.training.run import Run
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -105,11 +107,13 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
 
     trained: ``unet``, ``text_encoder`` where all of its weights are to be trained, which must be float32 then.
     """
-    base = method.base_model
-    if Path(base).is_file():
-        loaded = read_single_file(Path(base), torch.float32, prediction_type=method.prediction_type)
+    # The first process of a machine fetches it, the others find it there.
+    with run.accelerator.local_main_process_first():
+        base = base_model_here(method, run.tell)
+    if base.path and base.path.is_file():
+        loaded = read_single_file(base.path, torch.float32, prediction_type=method.prediction_type)
     else:
-        loaded = _from_pretrained(base, method.name)
+        loaded = _from_pretrained(base, method, run.weight_dtype, trained)
     suffixes = ("", "_2") if "text_encoder_2" in loaded else ("",)
     parts = Parts(
         tokenizers=[loaded[f"tokenizer{suffix}"] for suffix in suffixes],
@@ -134,29 +138,44 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     return parts
 
 
-def _from_pretrained(base: str, method: str) -> dict[str, Any]:
-    """The parts of a diffusers folder or a Hugging Face id, by their names in a pipeline, in float32."""
+def _from_pretrained(
+    base: BaseModel, method: TrainingFields, dtype: torch.dtype, trained: Collection[str]
+) -> dict[str, Any]:
+    """The parts of a diffusers folder or a Hugging Face id, by their names in a pipeline.
+
+    Frozen weights are of ``dtype`` as they are read, so that they never take the memory of float32; trained ones, and a
+    VAE, which may have to be so, are float32. Pickled weights (.bin) are opened by torch's reader of tensors alone.
+    """
+    place, revision = base.path or base.name, {"revision": method.revision} if method.revision else {}
     try:
-        config = DiffusionPipeline.load_config(base)
+        config = DiffusionPipeline.load_config(place, **revision)
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"base_model: {base} cannot be loaded ({error}). Check the name; a gated model needs a Hugging Face token, "
-            "and a machine without the network a diffusers folder."
+            f"base_model: {base.name} cannot be loaded ({error}). Check the name; a gated model needs a Hugging Face "
+            "token, and a machine without the network a diffusers folder."
         ) from None
     pipeline = config.get("_class_name")
     if pipeline not in PIPELINES:
         raise TrainingError(
-            f"base_model: {base} is a {pipeline}; {method} trains Stable Diffusion 1.x, 2.x and XL "
+            f"base_model: {base.name} is a {pipeline}; {method.name} trains Stable Diffusion 1.x, 2.x and XL "
             f"({' or '.join(PIPELINES)})."
         )
     kinds = {**PARTS, **(XL_PARTS if pipeline == "StableDiffusionXLPipeline" else {})}
+    loaded: dict[str, Any] = {}
     try:
-        return {
-            part: kind.from_pretrained(base, subfolder=part, **({"dtype": torch.float32} if weights else {}))
-            for part, (kind, weights) in kinds.items()
-        }
+        for part, (kind, weights) in kinds.items():
+            full = part == "vae" or part.removesuffix("_2") in trained
+            options = {"dtype": torch.float32 if full else dtype} if weights else {}
+            loaded[part] = kind.from_pretrained(place, subfolder=part, **options, **revision)
+    except pickle.UnpicklingError:
+        raise TrainingError(
+            f"base_model: the .bin file of the {part} in {base.name} does not hold weights alone, or is damaged. "
+            "Pickled files can run code, and sdtune opens only their tensors; convert the model to .safetensors with a "
+            "tool you trust."
+        ) from None
     except (OSError, ValueError) as error:
-        raise TrainingError(f"base_model: {base} is not whole: {error}") from None
+        raise TrainingError(f"base_model: {base.name} is not whole: {error}") from None
+    return loaded
 
 
 def _noise_scheduler(config: Mapping[str, Any], method: TrainingFields) -> DDPMScheduler:

@@ -55,6 +55,7 @@ def _given(method: PriorMethod) -> list[Picture]:
 def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run) -> list[Picture]:
     drawing: dict[str, Any] = {
         "base_model": method.base_model,
+        "revision": method.revision,
         "class_prompt": prompt,
         "resolution": method.resolution or parts.resolution,
         "seed": method.seed,

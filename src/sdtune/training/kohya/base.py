@@ -22,6 +22,7 @@ from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.kohya import KohyaFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import clip_vocabulary, config_folder, detect_family
+from sdtune.training.components.store import base_model_here
 
 CLIP_L, OPEN_CLIP_H, OPEN_CLIP_G = (
     "openai_clip-vit-large-patch14",
@@ -68,8 +69,8 @@ def prepare_base(method: KohyaFields, work: Path) -> KohyaBase:
 
     TrainingError: it cannot be loaded, or sd-scripts would not train it. RecipeError: a setting does not fit it.
     """
-    path = Path(method.base_model).expanduser()
-    base = _of_file(method, path, work) if path.is_file() else _of_folder(method, _folder(method.base_model), work)
+    path = _fetched(method)
+    base = _of_file(method, path, work) if path.is_file() else _of_folder(method, path, work)
     if base.family is Family.SDXL and method.clip_skip is not None:
         raise RecipeError(
             f"clip_skip: found {method.clip_skip}, but SDXL always reads the last layer but one; drop it."
@@ -82,19 +83,20 @@ def prepare_base(method: KohyaFields, work: Path) -> KohyaBase:
     return base
 
 
-# --- a diffusers folder ----------------------------------------------------------------------------------------------
-
-
-def _folder(name: str) -> Path:
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser().resolve()
+def _fetched(method: KohyaFields) -> Path:
+    base = base_model_here(method)
+    if base.path:
+        return base.path
     try:
-        return Path(DiffusionPipeline.download(name))
+        return Path(DiffusionPipeline.download(base.name, revision=method.revision))
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"base_model: {name} cannot be loaded ({error}). Check the name; a gated model needs a Hugging Face token, "
-            "and a machine without the network a diffusers folder."
+            f"base_model: {base.name} cannot be loaded ({error}). Check the name; a gated model needs a Hugging Face "
+            "token, and a machine without the network a diffusers folder."
         ) from None
+
+
+# --- a diffusers folder ----------------------------------------------------------------------------------------------
 
 
 def _of_folder(method: KohyaFields, folder: Path, work: Path) -> KohyaBase:

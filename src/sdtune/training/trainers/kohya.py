@@ -10,7 +10,7 @@ import torch
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
-from sdtune.training.components.export import write_diffusers_lora
+from sdtune.training.components.export import public_name, write_diffusers_lora
 from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.lora_weights import Family, lora_change
 from sdtune.training.kohya.args import Places, kohya_args
@@ -98,9 +98,7 @@ def public_metadata(metadata: dict[str, str], method: KohyaFields) -> dict[str, 
 
     sd-scripts tells folders by their last part only; of a model from the hub that would be a snapshot's number.
     """
-    base = Path(method.base_model).expanduser()
-    name = base.name if base.exists() else method.base_model
     # Of a folder there is no hash, and sd-scripts writes the reason for that instead.
     return {key: value for key, value in metadata.items() if value not in ("IsADirectory", "NOFILE")} | {
-        "ss_sd_model_name": name
+        "ss_sd_model_name": public_name(method.base_model)
     }
