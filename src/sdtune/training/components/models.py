@@ -109,7 +109,7 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     """
     # The first process of a machine fetches it, the others find it there.
     with run.accelerator.local_main_process_first():
-        base = base_model_here(method, run.tell)
+        base = base_model_here(method)
     if base.path and base.path.is_file():
         loaded = read_single_file(base.path, torch.float32, prediction_type=method.prediction_type)
     else:
