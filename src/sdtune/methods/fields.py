@@ -83,6 +83,13 @@ class CommonFields(Method):
     sample_steps: Annotated[int, Field(ge=1, le=1000, description="Denoising steps of a sample picture.")] = 25
     guidance_scale: Annotated[float, Field(ge=1, le=50, description="Classifier-free guidance of the samples.")] = 7.5
 
+    held_out_images: Annotated[
+        int, Field(ge=0, description="Pictures kept out of training, to measure the held-out loss on; 0: on all.")
+    ] = 0
+    held_out_every: Annotated[
+        int, Field(ge=0, description="Measure the held-out loss every so many steps; 0: before and after training.")
+    ] = 0
+
     @field_validator("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
     @classmethod
     def _there_are_buckets(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
@@ -143,6 +150,11 @@ class CommonFields(Method):
 
     def check_examples(self, count: int) -> None:
         """DatasetError if so many pictures are not enough for these settings."""
+        if self.held_out_images >= count:
+            raise DatasetError(
+                f"held_out_images: {self.held_out_images} of {count} pictures would leave none to train on; "
+                "keep fewer out."
+            )
 
     def sample_prompts(self) -> tuple[str, ...]:
         """The prompts that samples are drawn from; a method without an own prompt has none unless told."""
@@ -187,13 +199,6 @@ class TrainingFields(CommonFields):
         float, Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light.")
     ] = 0.0
 
-    held_out_images: Annotated[
-        int, Field(ge=0, description="Pictures kept out of training, to measure the held-out loss on; 0: on all.")
-    ] = 0
-    held_out_every: Annotated[
-        int, Field(ge=0, description="Measure the held-out loss every so many steps; 0: before and after training.")
-    ] = 0
-
     @field_validator("optimizer")
     @classmethod
     def _prodigy_finds_its_own_rate(cls, optimizer: str, info: ValidationInfo) -> str:
@@ -231,13 +236,6 @@ class TrainingFields(CommonFields):
                 "use v_prediction or leave it out."
             )
         return rescale
-
-    def check_examples(self, count: int) -> None:
-        if self.held_out_images >= count:
-            raise DatasetError(
-                f"held_out_images: {self.held_out_images} of {count} pictures would leave none to train on; "
-                "keep fewer out."
-            )
 
 
 class DreamBoothFields(Method):

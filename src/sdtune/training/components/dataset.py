@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageOps
 
@@ -13,6 +15,8 @@ from sdtune.methods.images import open_image
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Example
 from sdtune.training.run import Run
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,17 @@ class Picture:
 def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[list[Picture], list[Picture]]:
     """Pictures to train on, and ``held_out_images`` pictures kept out of training to measure on.
 
-    prompt: the caption of pictures that have none. Kept out is every so many-th in the dataset's order, so that the
-    choice hangs on no seed.
+    prompt: the caption of pictures that have none.
     """
     ledger = check(run.dataset, method.layout, decode=False)
     ledger.raise_for_errors()
     pictures = [Picture.of(run.dataset, example, prompt) for example in ledger.examples]
     method.check_examples(len(pictures))
-    count = method.held_out_images
+    return keep_apart(pictures, method.held_out_images)
+
+
+def keep_apart(pictures: Sequence[T], count: int) -> tuple[list[T], list[T]]:
+    """What is trained on, and ``count`` that are not: every so many-th in their order, so that it hangs on no seed."""
     apart = {round(number * len(pictures) / count) for number in range(count)}
     return (
         [picture for number, picture in enumerate(pictures) if number not in apart],

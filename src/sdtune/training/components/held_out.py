@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +22,25 @@ SEED = 2_000_000
 """Not the run's: runs with other seeds are measured on the same noise."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What the loss is measured on. pictures, timesteps: int64 [64]; noise: of each draw, as its picture's latents."""
+
+    pictures: torch.Tensor
+    noise: list[torch.Tensor]
+    timesteps: torch.Tensor
+
+
+def fixed_draws(shapes: Sequence[Sequence[int]], num_train_timesteps: int) -> Draws:
+    """64 draws of the pictures in turn, the same at every call; shapes: of each picture's latents."""
+    generator = torch.Generator().manual_seed(SEED)
+    pictures = torch.arange(DRAWS) % len(shapes)
+    noise = [torch.randn(*shapes[picture], generator=generator) for picture in pictures]
+    # One timestep from each of 64 equal spans, in an order that gives each picture early and late ones.
+    timesteps = ((torch.randperm(DRAWS, generator=generator) + 0.5) / DRAWS * num_train_timesteps).long()
+    return Draws(pictures, noise, timesteps)
+
+
 class HeldOutLoss:
     """Measures the mean squared error of the prediction over 64 draws, weighted by nothing."""
 
@@ -27,15 +48,11 @@ class HeldOutLoss:
         self, parts: Parts, images: CachedImages, captions: Captions, method: TrainingFields, run: Run
     ) -> None:
         self._parts, self._captions, self._method, self._run = parts, captions, method, run
-        generator = torch.Generator().manual_seed(SEED)
-        self._pictures = torch.arange(DRAWS) % len(images.pictures)
+        draws = fixed_draws([mean.shape[1:] for mean in images.mean], parts.noise_scheduler.config.num_train_timesteps)
         # Every picture the same: its mean latents, without the VAE's own noise.
-        self._latents = [images.mean[picture][0] * images.scaling_factor for picture in self._pictures]
-        self._rows = images.captions[self._pictures]
-        self._noise = [torch.randn(latents.shape, generator=generator) for latents in self._latents]
-        # One timestep from each of 64 equal spans, in an order that gives each picture early and late ones.
-        steps = parts.noise_scheduler.config.num_train_timesteps
-        self._timesteps = ((torch.randperm(DRAWS, generator=generator) + 0.5) / DRAWS * steps).long()
+        self._latents = [images.mean[picture][0] * images.scaling_factor for picture in draws.pictures]
+        self._rows = images.captions[draws.pictures]
+        self._noise, self._timesteps = draws.noise, draws.timesteps
         by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for draw, latents in enumerate(self._latents):
             by_shape[latents.shape].append(draw)
