@@ -12,6 +12,7 @@ from sdtune.training.components.lora_weights import Family
 from sdtune.training.kohya.args import Places, kohya_args
 from sdtune.training.kohya.base import KohyaBase
 from sdtune.training.kohya.dataset import StagedDataset
+from sdtune.training.kohya.shape import Shape
 from tests.contracts.test_one_value import BESIDE, VALUES
 
 # Written by tools/kohya_options.py from sd-scripts at the commit of containers/kohya/SD_SCRIPTS_COMMIT.
@@ -20,9 +21,9 @@ OPTIONS = {
     for row in (Path(__file__).parent / "options.txt").read_text(encoding="utf-8").splitlines()
 }
 PLACES = Places(Path("/run/out"), Path("/run/logs"), "my cat", Path("/run/prompts.json"))
-FOLDERS = StagedDataset(Path("/run/train"), [], trigger_words=["sks cat"])
-REGULARISED = StagedDataset(Path("/run/train"), [], reg_data_dir=Path("/run/reg"))
-CAPTIONED = StagedDataset(Path("/run/images"), [], in_json=Path("/run/metadata.json"))
+FOLDERS = StagedDataset([], [], trigger_words=["sks cat"], dataset_config=Path("/run/dataset.json"))
+REGULARISED = StagedDataset([], [], dataset_config=Path("/run/dataset.json"), regularisation="as many")
+CAPTIONED = StagedDataset([], [], train_data_dir=Path("/run/images"), in_json=Path("/run/metadata.json"))
 
 
 def args_of(
@@ -30,8 +31,9 @@ def args_of(
     family: Family = Family.SD1,
     dataset: StagedDataset = FOLDERS,
     v_parameterization: bool = False,
+    shape: Shape = Shape(),  # noqa: B008
 ) -> list[str]:
-    base = KohyaBase(Path("/base"), family, v_parameterization, 512, Path("/tokenizers"))
+    base = KohyaBase(Path("/base"), family, v_parameterization, 512, Path("/tokenizers"), shape)
     resolved = method.model_copy(update={"resolution": method.resolution or 512, "mixed_precision": "no"})
     return kohya_args(resolved, base, dataset, PLACES)
 
@@ -64,17 +66,9 @@ def test_the_parser_accepts_the_defaults(method: KohyaFields, family: Family) ->
     accept(args_of(method, family, v_parameterization=family is Family.SD2))
 
 
-# What acts on the run but not through an option: on the base model's place, on the prompts, on the process.
-ELSEWHERE = {
-    "base_model",
-    "revision",
-    "v_parameterization",
-    "sample_prompt",
-    "num_samples",
-    "sample_steps",
-    "guidance_scale",
-}
-ELSEWHERE |= {"mixed_precision", "class_data_dir"}
+# What acts on the run but not through an option: on the base model's place, the prompts, the process, the launcher.
+ELSEWHERE = {"base_model", "revision", "v_parameterization", "sample_prompt", "num_samples", "sample_steps", "guidance_scale"}
+ELSEWHERE |= {"mixed_precision", "class_data_dir", "held_out_images", "held_out_every"}
 
 
 @pytest.mark.parametrize("field", [name for name in KohyaDreamBoothLora.model_fields if name not in ELSEWHERE])
@@ -112,6 +106,11 @@ def test_buckets_fit_the_resolution(resolution: int, shortest: int, longest: int
     assert {f"--min_bucket_reso={shortest}", f"--max_bucket_reso={longest}"} <= set(arguments)
 
 
+def test_buckets_of_a_small_unet_are_finer() -> None:
+    arguments = args_of(KohyaNativeLora(resolution=128), shape=Shape(bucket_steps=16))
+    assert {"--min_bucket_reso=64", "--max_bucket_reso=256", "--bucket_reso_steps=16"} <= set(arguments)
+
+
 def test_families() -> None:
     assert not {"--v2", "--v_parameterization", "--no_half_vae"} & set(args_of(KohyaNativeLora()))
     assert {"--v2", "--v_parameterization"} <= set(args_of(KohyaNativeLora(), Family.SD2, v_parameterization=True))
@@ -119,9 +118,12 @@ def test_families() -> None:
 
 
 def test_datasets() -> None:
-    assert "--in_json=/run/metadata.json" in args_of(KohyaNativeLora(), dataset=CAPTIONED)
+    captioned = args_of(KohyaNativeLora(), dataset=CAPTIONED)
+    assert {"--in_json=/run/metadata.json", "--train_data_dir=/run/images"} <= set(captioned)
+    accept(captioned)
     regularised = args_of(KohyaDreamBoothLora(class_data_dir="/mine", prior_loss_weight=0.5), dataset=REGULARISED)
-    assert {"--reg_data_dir=/run/reg", "--prior_loss_weight=0.5"} <= set(regularised)
+    assert {"--dataset_config=/run/dataset.json", "--prior_loss_weight=0.5"} <= set(regularised)
+    assert not [argument for argument in regularised if argument.startswith("--train_data_dir")]
     assert "--metadata_trigger_phrase=sks cat" in args_of(KohyaDreamBoothLora())
 
 

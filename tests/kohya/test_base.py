@@ -15,6 +15,7 @@ from sdtune.errors import RecipeError, SdtuneError, TrainingError
 from sdtune.methods.kohya import KohyaNativeLora
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.kohya.base import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, TOKENIZERS, KohyaBase, prepare_base
+from sdtune.training.kohya.shape import Shape
 
 SD_UNET = {
     "sample_size": 64,
@@ -37,6 +38,8 @@ def model(
     scheduler: dict[str, Any] | None = None,
     kind: str = "StableDiffusionPipeline",
     scaling_factor: float = 0.18215,
+    vae: dict[str, Any] | None = None,
+    layers: int = 12,
 ) -> Path:
     """A diffusers folder with configurations, tokenizers and a text encoder, all that is looked at."""
     tokenizers = ["tokenizer", "tokenizer_2"] if "XL" in kind else ["tokenizer"]
@@ -44,9 +47,9 @@ def model(
         (folder / name).mkdir(parents=True)
     write(folder / "model_index.json", {"_class_name": kind})
     write(folder / "unet" / "config.json", unet)
-    write(folder / "vae" / "config.json", {"scaling_factor": scaling_factor})
+    write(folder / "vae" / "config.json", {"scaling_factor": scaling_factor, **(vae or {})})
     write(folder / "scheduler" / "scheduler_config.json", scheduler or {})
-    write(folder / "text_encoder" / "config.json", {})
+    write(folder / "text_encoder" / "config.json", {"num_hidden_layers": layers})
     save_file({"text_model.encoder.x": torch.ones(2)}, folder / "text_encoder" / "model.safetensors")
     for name in tokenizers:
         write(folder / name / "vocab.json", {"a": 0})
@@ -77,6 +80,43 @@ def test_families(tmp_path: Path) -> None:
     assert one.path == (tmp_path / "1").resolve()
 
 
+def test_the_shape_of_stable_diffusion_is_told_as_sd_scripts_has_it(tmp_path: Path) -> None:
+    """What library/original_unet.py says at the pinned commit."""
+    shape = prepared(model(tmp_path / "1"), tmp_path / "work").shape
+    assert shape == Shape(
+        {
+            "BLOCK_OUT_CHANNELS": [320, 640, 1280, 1280],
+            "TIMESTEP_INPUT_DIM": 320,
+            "TIME_EMBED_DIM": 1280,
+            "TIME_EMBED_FLIP_SIN_TO_COS": True,
+            "TIME_EMBED_FREQ_SHIFT": 0,
+            "LAYERS_PER_BLOCK": 2,
+            "LAYERS_PER_BLOCK_UP": 3,
+            "NORM_GROUPS": 32,
+            "NORM_EPS": 1e-5,
+            "TRANSFORMER_NORM_NUM_GROUPS": 32,
+            "DOWN_BLOCK_TYPES": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "UP_BLOCK_TYPES": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        },
+        vae_scale_factor=0.18215,
+        bucket_steps=64,
+    )
+
+
+def test_the_shape_of_the_shipped_model_is_its_own(tmp_path: Path) -> None:
+    base = prepared(Path(__file__).parents[2] / "examples" / "base-model", tmp_path)
+    assert (base.resolution, base.shape.vae_scale_factor, base.shape.bucket_steps) == (128, 0.4357, 16)
+    told = base.shape.unet_constants
+    assert (told["BLOCK_OUT_CHANNELS"], told["TIME_EMBED_DIM"], told["NORM_GROUPS"]) == ([80, 96], 256, 16)
+    assert (told["LAYERS_PER_BLOCK"], told["LAYERS_PER_BLOCK_UP"]) == (1, 2)
+    assert told["UP_BLOCK_TYPES"] == ["CrossAttnUpBlock2D"] * 2
+
+
+def test_sdxl_and_files_are_left_as_sd_scripts_has_them(tmp_path: Path) -> None:
+    folder = model(tmp_path / "x", SDXL_UNET, None, "StableDiffusionXLPipeline", 0.13025)
+    assert prepared(folder, tmp_path / "work").shape == Shape({}, None, 64)
+
+
 def test_a_setting_wins_over_the_scheduler(tmp_path: Path) -> None:
     assert prepared(model(tmp_path / "1"), tmp_path / "work", v_parameterization=True).v_parameterization
 
@@ -84,11 +124,24 @@ def test_a_setting_wins_over_the_scheduler(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "settings", "error", "words"),
     [
-        ({"unet": SD_UNET | {"block_out_channels": [80, 96]}}, {}, TrainingError, "has block_out_channels [80, 96]"),
+        ({"unet": SDXL_UNET | {"block_out_channels": [80, 96]}, "kind": "StableDiffusionXLPipeline"}, {}, TrainingError,
+         "has block_out_channels [80, 96]; sd-scripts builds [320, 640, 1280], whatever the model says"),
+        ({"unet": SD_UNET | {"up_block_types": ["AttnUpBlock2D"] * 4}}, {}, TrainingError,
+         "has up_block_types AttnUpBlock2D; sd-scripts builds CrossAttnUpBlock2D or UpBlock2D"),
+        ({"unet": SD_UNET | {"layers_per_block": [1, 2, 2, 2]}}, {}, TrainingError,
+         "has layers_per_block [1, 2, 2, 2]; sd-scripts builds one number for all blocks"),
+        ({"unet": SD_UNET | {"transformer_layers_per_block": 2}}, {}, TrainingError, "transformer_layers_per_block 2"),
+        ({"unet": SD_UNET | {"block_out_channels": [320] * 5}}, {}, TrainingError, "builds at most 4, unless each has"),
+        ({"vae": {"latent_channels": 16}}, {}, TrainingError, "the VAE of .* has latent_channels 16"),
+        ({"vae": {"block_out_channels": [32, 64]}}, {}, TrainingError, "VAE of .* has block_out_channels [32, 64]"),
         ({"unet": SD_UNET | {"in_channels": 9}}, {}, TrainingError, "the UNet of .* has in_channels 9"),
-        ({"scaling_factor": 0.5}, {}, TrainingError, "VAE of .* has scaling_factor 0.5; sd-scripts builds 0.18215"),
+        ({"unet": SDXL_UNET, "kind": "StableDiffusionXLPipeline"}, {}, TrainingError,
+         "VAE of .* has scaling_factor 0.18215; sd-scripts builds 0.13025"),
         ({"scheduler": {"beta_schedule": "linear"}}, {}, TrainingError, "schedule of .* has beta_schedule linear"),
         ({"kind": "FluxPipeline"}, {}, TrainingError, "is a FluxPipeline; kohya-native-lora trains"),
+        ({"unet": SDXL_UNET, "kind": "StableDiffusionXLPipeline", "scaling_factor": 0.13025, "layers": 3}, {},
+         TrainingError, "the text encoder of .* has num_hidden_layers 3; sd-scripts builds 12"),
+        ({"layers": 3}, {"clip_skip": 4}, RecipeError, "clip_skip: found 4, but this text encoder has 3 layers"),
         ({}, {"zero_terminal_snr": True}, RecipeError, "zero_terminal_snr: .* predicts the noise"),
         (
             {"unet": SDXL_UNET, "kind": "StableDiffusionXLPipeline", "scaling_factor": 0.13025},

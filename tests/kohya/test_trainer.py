@@ -9,28 +9,31 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdtune import events
-from sdtune.errors import ProjectError
+from sdtune.errors import ProjectError, TrainingError
 from sdtune.jobs.spec import plan_training
 from sdtune.methods.kohya import KohyaDreamBoothLora
 from sdtune.training.__main__ import main
-from sdtune.training.kohya import launcher
+from sdtune.training.components.held_out import fixed_draws
+from sdtune.training.kohya import launcher, measure
 from sdtune.training.kohya.process import FOLDER, PYTHON, find_sd_scripts
 from tests.kohya.test_base import model
 from tests.servers.storage import StorageServer
 
 FAKE = Path(__file__).parent / "fake"
-
+SMALL = Path(__file__).parents[2] / "examples" / "base-model"
 
 Train = Callable[..., tuple[int, list[events.Event], str]]
 
@@ -63,11 +66,13 @@ def train(
     signal.signal(signal.SIGTERM, handler)
 
 
-def arguments(tmp_path: Path, dataset: Path, **settings: Any) -> list[str]:
-    base = model(tmp_path / "base")
+def arguments(tmp_path: Path, dataset: Path, output: str = "my cat", **settings: Any) -> list[str]:
+    base = tmp_path / "base"
+    if not base.exists():
+        model(base)
     settings = {"base_model": str(base), "max_train_steps": 5, "num_samples": 2, "sample_every": 3, **settings}
     method = KohyaDreamBoothLora.from_settings(settings)
-    return list(plan_training(method, str(dataset), str(tmp_path / "my cat")).args)
+    return list(plan_training(method, str(dataset), str(tmp_path / output)).args)
 
 
 def test_a_run_leaves_everything_it_promises(train: Train, tmp_path: Path) -> None:
@@ -120,6 +125,50 @@ def test_a_base_model_comes_from_a_bucket_whose_name_is_not_told(
     with safe_open(tmp_path / "my cat" / "my cat.safetensors", "pt") as lora:
         assert lora.metadata()["ss_sd_model_name"] == "sd"
         assert "secret" not in str(lora.metadata())
+
+
+def held_out(told: list[events.Event]) -> dict[int, float]:
+    return {event.step: event.value for event in told if isinstance(event, events.Measure)}
+
+
+def test_the_held_out_loss_is_measured_on_the_draws_of_the_other_methods(train: Train, tmp_path: Path) -> None:
+    """Of the stand-in: (noise - share * (latents + noise)) squared, where the picture is red: 1/3 bright, -1/3."""
+    _, told, printed = train(held_out_every=2, gradient_accumulation_steps=2)
+    noise = torch.stack(fixed_draws([(4, 64, 64)], 1000).noise)
+    expected = {step: ((noise - step / 10 * (-0.18215 / 3 + noise)) ** 2).mean().item() for step in (0, 2, 4, 5)}
+    assert held_out(told) == pytest.approx(expected, abs=2e-6), printed
+    curves = EventAccumulator(str(tmp_path / "my cat" / "logs")).Reload()
+    assert [point.step for point in curves.Scalars("held_out_loss")] == [0, 2, 4, 5]
+    assert list(held_out(train(num_samples=0, sample_every=0)[1])) == [0, 5]
+
+
+def test_the_small_model_is_trained_as_it_is(train: Train, tmp_path: Path) -> None:
+    code, told, printed = train(base_model=str(SMALL), num_samples=1)
+    assert code == 0, printed
+    assert "a UNet of [80, 96] and latents times 0.4357" in printed
+    # The pipeline of the samples divides by Stable Diffusion's scale whatever the VAE says, and is told of it.
+    drawn = Image.open(tmp_path / "my cat" / "samples" / "step-000005" / "prompt-0-sample-0.png")
+    assert drawn.getpixel((0, 0)) == (50, 100, 0)
+    noise = torch.stack(fixed_draws([(4, 16, 16)], 1000).noise)
+    assert held_out(told)[0] == pytest.approx((noise**2).mean().item(), abs=2e-6)
+
+
+def test_a_constant_that_sd_scripts_does_not_have_is_an_error() -> None:
+    module = types.SimpleNamespace(__name__="library.original_unet", NORM_GROUPS=32)
+    launcher.set_constants(module, {"NORM_GROUPS": 16})
+    assert module.NORM_GROUPS == 16
+    with pytest.raises(TrainingError, match=r"library.original_unet of this copy of sd-scripts has no NORMS"):
+        launcher.set_constants(module, {"NORMS": 16})
+
+
+def test_the_same_settings_give_the_same_files(train: Train, tmp_path: Path) -> None:
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / "my cat").glob("*.safetensors")}
+        for code, _, printed in (train(), train())
+        if code == 0 or pytest.fail(printed)
+    )
+    assert sorted(first) == ["my cat.safetensors", "pytorch_lora_weights.safetensors"]
+    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -178,10 +227,13 @@ def test_without_sd_scripts_nothing_starts(train: Train, monkeypatch: pytest.Mon
     assert told[-1].kind == "project"
 
 
-def test_the_launcher_needs_nothing_of_sdtune_but_events_and_errors() -> None:
-    tree = ast.parse(Path(launcher.__file__).read_text(encoding="utf-8"))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+def test_inside_sd_scripts_nothing_of_sdtune_is_needed_but_events_and_errors() -> None:
+    imported = set()
+    for module in (launcher, measure):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names} == {
-        "sdtune.errors", "sdtune.events",
+        "sdtune.errors", "sdtune.events", "sdtune.training.kohya.measure",
+        "torch", "torch.nn", "safetensors.torch",
     }  # fmt: skip

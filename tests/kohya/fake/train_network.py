@@ -1,13 +1,18 @@
 """FAKE: learn, nothing, zero, gone, diverge, crash, memory or hang."""
 
 import argparse
+import contextlib
+import json
 import os
+import random
 import sys
 import time
 import types
 from pathlib import Path
 
 import numpy
+import torch
+from library import original_unet
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -31,7 +36,7 @@ def setup_parser():
 
 
 class OutOfMemoryError(RuntimeError):
-    """Named like that of torch, which is too slow to import here."""
+    """Named like that of torch, which no CPU raises."""
 
 
 class Network:
@@ -44,8 +49,66 @@ class Network:
         self.train(False)
 
 
+class Vae:
+    """Every picture is its own mean brightness, so that what it is given can be told."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def to(self, device):
+        self.device = torch.device(device)
+
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels, 8).mean(1, keepdim=True).expand(-1, 4, -1, -1)
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=small))
+
+
+class Scheduler:
+    def add_noise(self, latents, noise, timesteps):
+        assert (timesteps >= 0).all()
+        return latents + noise
+
+
+class Strategy:
+    """Of tokens and of text alike: a caption is as long as it is."""
+
+    def tokenize(self, captions):
+        return [torch.tensor([[len(caption)] for caption in captions])]
+
+    def encode_tokens(self, tokenize_strategy, models, tokens):
+        return [tokens[0].float()]
+
+
 class NetworkTrainer:
+    def __init__(self):
+        self.vae_scale_factor = 0.18215
+
+    def assert_extra_args(self, args, train_dataset_group, val_dataset_group):
+        assert args.bucket_reso_steps % 64 == 0
+
+    def get_tokenize_strategy(self, args):
+        return Strategy()
+
+    def get_text_encoding_strategy(self, args):
+        return Strategy()
+
+    def get_models_for_text_encoding(self, args, accelerator, text_encoders):
+        return text_encoders
+
+    def get_noise_scheduler(self, args, device):
+        return Scheduler()
+
+    def shift_scale_latents(self, args, latents):
+        return latents * self.vae_scale_factor
+
+    def call_unet(self, args, accelerator, unet, noisy_latents, timesteps, text_conds, batch, weight_dtype):
+        """At first nothing is predicted, later a tenth more of what is seen with every step."""
+        assert not unet.training
+        assert len(text_conds[0]) == len(noisy_latents) == len(batch["original_sizes_hw"])
+        return noisy_latents * self.steps / 10
+
     def load_target_model(self, args, weight_dtype, accelerator):
+        channels = list(original_unet.BLOCK_OUT_CHANNELS)
+        sys.stdout.write(f"a UNet of {channels} and latents times {self.vae_scale_factor}\n")
         return "sd_v1", None, None, None
 
     def post_process_network(self, args, accelerator, network, text_encoders, unet):
@@ -65,19 +128,21 @@ class NetworkTrainer:
         assert not unet.training
         folder = Path(args.output_dir) / "sample"
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(len(__import__("json").loads(Path(args.sample_prompts).read_text(encoding="utf-8")))):
+        for number in range(len(json.loads(Path(args.sample_prompts).read_text(encoding="utf-8")))):
             name = f"{args.output_name}_{global_step:06d}_{number:02d}_20260101000000_42.png"
             Image.new("RGB", (64, 64), (global_step * 10, 0, 0)).save(folder / name)
 
     def train(self, args):
         if FAKE == "nothing":
             return
-        accelerator = types.SimpleNamespace(num_processes=1, is_main_process=True)
-        network = Network()
+        accelerator = types.SimpleNamespace(num_processes=1, autocast=contextlib.nullcontext)
+        network, vae = Network(), Vae()
+        self.steps = 0
+        self.assert_extra_args(args, None, None)
         schedule = types.SimpleNamespace(get_last_lr=lambda: [1e-9, args.learning_rate])
         self.load_target_model(args, None, accelerator)
         self.post_process_network(args, accelerator, network, [], None)
-        self.sample_images(accelerator, args, 0, 0, "cpu", None, [], None, network)
+        self.sample_images(accelerator, args, 0, 0, "cpu", vae, [None], network, network)
         micro = [
             (step, part) for step in range(args.max_train_steps) for part in range(args.gradient_accumulation_steps)
         ]
@@ -86,7 +151,8 @@ class NetworkTrainer:
             sys.stderr.write(f"\rsteps: {step}%|####      | {step}/{args.max_train_steps} [00:01, avr_loss=1]")
             sys.stderr.flush()
             if last:
-                self.sample_images(accelerator, args, None, step + 1, "cpu", None, [], None, network)
+                self.steps = step + 1
+                self.sample_images(accelerator, args, None, step + 1, "cpu", vae, [None], network, network)
             if FAKE == "crash" and step == 2:
                 raise ValueError("something inside sd-scripts")
             if FAKE == "memory" and step == 2:
@@ -96,7 +162,7 @@ class NetworkTrainer:
             loss = float("nan") if FAKE == "diverge" and step == 2 else 0.5 + part
             logs = self.generate_step_logs(args, loss, 0.75, schedule, None)
             self.step_logging(accelerator, logs, step + last, 1)
-        self.sample_images(accelerator, args, 1, args.max_train_steps, "cpu", None, [], None, network)
+        self.sample_images(accelerator, args, 1, args.max_train_steps, "cpu", vae, [None], network, network)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         up = numpy.full((8, 2), FAKE != "zero", numpy.float32)
         name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -109,7 +175,10 @@ class NetworkTrainer:
             "ss_output_name": args.output_name,
             "ss_sd_model_name": "5d41402abc4b",
             "ss_sd_model_hash": "IsADirectory",
-            "ss_session_id": "1",
+            "ss_session_id": str(random.random()),
+            "ss_training_started_at": str(time.time()),
+            "ss_training_finished_at": str(time.time()),
+            "modelspec.date": str(time.time()),
             "modelspec.title": args.output_name,
             "sshs_model_hash": "stale",
         }

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdtune.methods.buckets import STEP
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.kohya.base import KohyaBase
 from sdtune.training.kohya.dataset import StagedDataset
 
 CAPTION_EXTENSION = ".txt"
+SHORTEST_SIDE = 64
+"""Of a bucket, as of a resolution."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def kohya_args(method: KohyaFields, base: KohyaBase, dataset: StagedDataset, pla
     """
     return [
         *_model(method, base),
-        *_dataset(method, dataset),
+        *_dataset(method, base, dataset),
         *_network(method),
         *_optimizer(method),
         *_training(method, base),
@@ -52,11 +53,11 @@ def _model(method: KohyaFields, base: KohyaBase) -> list[str]:
     ]
 
 
-def _dataset(method: KohyaFields, dataset: StagedDataset) -> list[str]:
+def _dataset(method: KohyaFields, base: KohyaBase, dataset: StagedDataset) -> list[str]:
     arguments = [
-        f"--train_data_dir={dataset.train_data_dir}",
+        *_value("dataset_config", dataset.dataset_config),
+        *_value("train_data_dir", dataset.train_data_dir),
         *_value("in_json", dataset.in_json),
-        *_value("reg_data_dir", dataset.reg_data_dir),
         f"--caption_extension={CAPTION_EXTENSION}",
         f"--resolution={method.resolution}",
         *_switch("shuffle_caption", method.shuffle_caption),
@@ -71,14 +72,14 @@ def _dataset(method: KohyaFields, dataset: StagedDataset) -> list[str]:
         *_switch("enable_bucket", method.enable_bucket),
     ]
     if method.enable_bucket:
-        buckets = method.buckets(method.resolution or 0, STEP)
+        buckets = method.buckets(method.resolution or 0, base.shape.bucket_steps)
         arguments += [
-            f"--min_bucket_reso={buckets.shortest}",
+            f"--min_bucket_reso={max(SHORTEST_SIDE, buckets.shortest)}",
             f"--max_bucket_reso={buckets.longest}",
             f"--bucket_reso_steps={buckets.step}",
             *_switch("bucket_no_upscale", method.bucket_no_upscale),
         ]
-    if isinstance(method, KohyaDreamBoothLora) and dataset.reg_data_dir is not None:
+    if isinstance(method, KohyaDreamBoothLora) and dataset.regularisation:
         arguments.append(f"--prior_loss_weight={method.prior_loss_weight}")
     return arguments
 

@@ -1,8 +1,8 @@
 """The base model as sd-scripts takes it: a whole folder or file on this disk, with its tokenizers beside it.
 
-sd-scripts builds the UNets of Stable Diffusion 1, 2 and SDXL itself, takes the noise schedule and the VAE's scale for
-granted, and fetches its tokenizers from Hugging Face by name unless it finds them in --tokenizer_cache_dir. So what
-differs is refused here, and the tokenizers are laid where it looks.
+sd-scripts builds the UNets of Stable Diffusion 1, 2 and SDXL itself, takes the noise schedule for granted, and fetches
+its tokenizers from Hugging Face by name unless it finds them in --tokenizer_cache_dir. So the model's shape is read
+here, what cannot be told is refused, and the tokenizers are laid where it looks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdtune.methods.kohya import KohyaFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import clip_vocabulary, config_folder, detect_family
 from sdtune.training.components.store import base_model_here
+from sdtune.training.kohya.shape import Shape, refuse_other_schedule, shape_of
 
 CLIP_L, OPEN_CLIP_H, OPEN_CLIP_G = (
     "openai_clip-vit-large-patch14",
@@ -36,32 +37,17 @@ TOKENIZERS = {
 }
 """By the folder in a diffusers model: the folder in --tokenizer_cache_dir that sd-scripts looks for."""
 
-SD_UNET = {
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-}
-SDXL_UNET = {
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": [320, 640, 1280],
-    "transformer_layers_per_block": [1, 2, 10],
-    "cross_attention_dim": 2048,
-}
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-"""What library/original_unet.py, library/sdxl_original_unet.py and NetworkTrainer.get_noise_scheduler build."""
-
 
 @dataclass(frozen=True)
 class KohyaBase:
-    """tokenizers: for --tokenizer_cache_dir, so that sd-scripts needs no network."""
+    """tokenizers: for --tokenizer_cache_dir, so that sd-scripts needs no network. shape: where it is not its own."""
 
     path: Path
     family: Family
     v_parameterization: bool
     resolution: int
     tokenizers: Path
+    shape: Shape = field(default_factory=Shape)
 
 
 def prepare_base(method: KohyaFields, work: Path) -> KohyaBase:
@@ -108,11 +94,11 @@ def _of_folder(method: KohyaFields, folder: Path, work: Path) -> KohyaBase:
     unet = _config(folder / "unet" / "config.json")
     sdxl = kind == "StableDiffusionXLPipeline"
     family = Family.SDXL if sdxl else Family.SD2 if unet.get("cross_attention_dim") == 1024 else Family.SD1
-    _refuse_other("UNet", unet, SDXL_UNET if sdxl else SD_UNET, method)
-    scaling = {"scaling_factor": 0.13025 if sdxl else 0.18215}
-    _refuse_other("VAE", {"scaling_factor": 0.18215} | _config(folder / "vae" / "config.json"), scaling, method)
+    vae, text_encoder = (_config(folder / part / "config.json") for part in ("vae", "text_encoder"))
+    shape = shape_of(method.base_model, sdxl, unet, vae, text_encoder)
     scheduler = _config(folder / "scheduler" / "scheduler_config.json")
-    _refuse_other("noise schedule", scheduler, SCHEDULE, method)
+    refuse_other_schedule(method.base_model, scheduler)
+    _check_clip_skip(method, text_encoder)
     predicts_velocity = scheduler.get("prediction_type", "epsilon") == "v_prediction"
     return KohyaBase(
         path=_readable(folder, work),
@@ -120,17 +106,14 @@ def _of_folder(method: KohyaFields, folder: Path, work: Path) -> KohyaBase:
         v_parameterization=predicts_velocity if method.v_parameterization is None else method.v_parameterization,
         resolution=int(unet["sample_size"]) * 8,
         tokenizers=_lay_tokenizers(method, folder, family, work / "tokenizers"),
+        shape=shape,
     )
 
 
-def _refuse_other(what: str, found: dict[str, Any], wanted: dict[str, Any], method: KohyaFields) -> None:
-    for key, value in wanted.items():
-        if found.get(key, value) != value:
-            raise TrainingError(
-                f"base_model: the {what} of {method.base_model} has {key} {found[key]}; sd-scripts builds {value}, "
-                "whatever the model says. Use a model of the family's own shape, or another method such as "
-                "dreambooth-lora, which reads it from the model."
-            )
+def _check_clip_skip(method: KohyaFields, text_encoder: dict[str, Any]) -> None:
+    layers = text_encoder.get("num_hidden_layers", 12)
+    if method.clip_skip is not None and method.clip_skip > layers:
+        raise RecipeError(f"clip_skip: found {method.clip_skip}, but this text encoder has {layers} layers.")
 
 
 def _readable(folder: Path, work: Path) -> Path:

@@ -8,14 +8,18 @@ Files are numbered, so that no name is hidden, doubled, or taken for that of a c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from posixpath import splitext
+from typing import Any
 
 from sdtune.errors import DatasetError
 from sdtune.methods.images import open_image
+from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
 from sdtune.methods.layouts import KOHYA_SUFFIXES, check
 from sdtune.methods.ledger import Example, Layout, Ledger
+from sdtune.training.components.dataset import Picture, keep_apart
 
 METADATA = "metadata.json"
 MOST_PROMPTS = 4
@@ -23,52 +27,62 @@ MOST_PROMPTS = 4
 
 @dataclass(frozen=True)
 class StagedDataset:
-    """Folders for --train_data_dir and --reg_data_dir, and the file for --in_json.
+    """The file for --dataset_config, or the folder for --train_data_dir and the file for --in_json.
 
-    pictures: of the training images, in their order; trigger_words: names of the folders that are captions; prompts:
-    what to draw if nothing is asked for; regularisation: what to tell of the balance, or "".
+    pictures: those trained on, in their order; measured: those the held-out loss is measured on; trigger_words: names
+    of the folders that are captions; prompts: what to draw if nothing is asked for; regularisation: what to tell of the
+    balance, or "".
     """
 
-    train_data_dir: Path
-    pictures: list[Path]
+    pictures: list[Picture]
+    measured: list[Picture]
     trigger_words: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    dataset_config: Path | None = None
+    train_data_dir: Path | None = None
     in_json: Path | None = None
-    reg_data_dir: Path | None = None
     regularisation: str = ""
 
 
-def stage_repeats_folders(folder: Path, class_data_dir: str | None, target: Path) -> StagedDataset:
+def stage_repeats_folders(folder: Path, method: KohyaDreamBoothLora, target: Path) -> StagedDataset:
     """A dataset of folders named <repeats>_<name>, and regularisation pictures laid out alike.
 
     DatasetError: one of the two cannot be trained on as it is.
     """
-    ledger = checked(folder, Layout.KOHYA)
-    names = [_top(example).partition("_")[2] for example in ledger.examples]
-    captions = [example.caption or "" for example in ledger.examples]
+    examples = checked(folder, Layout.KOHYA).examples
+    method.check_examples(len(examples))
+    trained, apart = keep_apart(examples, method.held_out_images)
+    names = [_top(example).partition("_")[2] for example in trained]
+    captions = [example.caption or "" for example in trained]
     words = list(dict.fromkeys(name for name, caption in zip(names, captions, strict=True) if name == caption != ""))
-    staged = StagedDataset(
-        train_data_dir=_stage_folders(ledger, target / "train"),
-        pictures=[folder / example.image for example in ledger.examples],
+    subsets, balance = _stage_folders(folder, trained, target / "train"), ""
+    if method.class_data_dir is not None:
+        class_folder = Path(method.class_data_dir)
+        try:
+            classes = checked(class_folder, Layout.KOHYA).examples
+        except DatasetError as error:
+            raise DatasetError(f"class_data_dir: {error}") from None
+        staged = _stage_folders(class_folder, classes, target / "regularisation")
+        subsets += [{**subset, "is_reg": True} for subset in staged]
+        balance = _balance(_shown(trained), _shown(classes))
+    # A folder of folders would do, but sd-scripts takes them in the file system's order, which varies.
+    dataset_config = target / "dataset.json"
+    dataset_config.write_text(json.dumps({"datasets": [{"subsets": subsets}]}, indent=1), encoding="utf-8")
+    return StagedDataset(
+        pictures=_pictures(folder, trained),
+        measured=_pictures(folder, apart or trained),
         trigger_words=words,
         prompts=words[:MOST_PROMPTS] or [caption for caption in captions if caption][:1],
-    )
-    if class_data_dir is None:
-        return staged
-    try:
-        regularisation = checked(Path(class_data_dir), Layout.KOHYA)
-    except DatasetError as error:
-        raise DatasetError(f"class_data_dir: {error}") from None
-    return replace(
-        staged,
-        reg_data_dir=_stage_folders(regularisation, target / "regularisation"),
-        regularisation=_balance(_shown(ledger), _shown(regularisation)),
+        dataset_config=dataset_config,
+        regularisation=balance,
     )
 
 
-def stage_captioned(folder: Path, target: Path) -> StagedDataset:
+def stage_captioned(folder: Path, method: KohyaFields, target: Path) -> StagedDataset:
     """A captioned dataset, and the JSON of sd-scripts that says what is in it."""
-    ledger = checked(folder, Layout.CAPTIONED)
+    examples = checked(folder, Layout.CAPTIONED).examples
+    method.check_examples(len(examples))
+    trained, apart = keep_apart(examples, method.held_out_images)
     images = target / "images"
     images.mkdir(parents=True)
     metadata = {
@@ -76,13 +90,14 @@ def stage_captioned(folder: Path, target: Path) -> StagedDataset:
             "caption": example.caption or "",
             "image_size": [example.width, example.height],
         }
-        for number, example in enumerate(ledger.examples)
+        for number, example in enumerate(trained)
     }
     in_json = target / METADATA
     in_json.write_text(json.dumps(metadata, ensure_ascii=False, indent=1), encoding="utf-8")
     return StagedDataset(
+        pictures=_pictures(folder, trained),
+        measured=_pictures(folder, apart or trained),
         train_data_dir=images,
-        pictures=[folder / example.image for example in ledger.examples],
         in_json=in_json,
     )
 
@@ -96,14 +111,22 @@ def checked(folder: Path, layout: Layout) -> Ledger:
     return ledger
 
 
-def _stage_folders(ledger: Ledger, target: Path) -> Path:
-    for number, example in enumerate(ledger.examples):
-        parent = target / _top(example)
+def _stage_folders(folder: Path, examples: Sequence[Example], target: Path) -> list[dict[str, Any]]:
+    """The folders laid out in ``target``, and each as a subset of --dataset_config."""
+    subsets: dict[str, dict[str, Any]] = {}
+    for number, example in enumerate(examples):
+        name = _top(example)
+        parent = target / name
         parent.mkdir(parents=True, exist_ok=True)
-        image = _stage(Path(ledger.root) / example.image, example, parent, number)
+        subsets[name] = {
+            "image_dir": str(parent),
+            "num_repeats": example.repeats,
+            "class_tokens": name.partition("_")[2],
+        }
+        image = _stage(folder / example.image, example, parent, number)
         # Always there: without it sd-scripts takes the folder's name, which is what an example without one has too.
         image.with_suffix(".txt").write_text((example.caption or "") + "\n", encoding="utf-8")
-    return target
+    return list(subsets.values())
 
 
 def _stage(image: Path, example: Example, parent: Path, number: int) -> Path:
@@ -122,8 +145,12 @@ def _top(example: Example) -> str:
     return example.image.partition("/")[0]
 
 
-def _shown(ledger: Ledger) -> int:
-    return sum(example.repeats for example in ledger.examples)
+def _pictures(folder: Path, examples: Sequence[Example]) -> list[Picture]:
+    return [Picture(folder / example.image, example.caption or "", example.repeats) for example in examples]
+
+
+def _shown(examples: Sequence[Example]) -> int:
+    return sum(example.repeats for example in examples)
 
 
 def _balance(training: int, regularisation: int) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 
@@ -18,7 +18,7 @@ import torch
 import sdtune
 from sdtune import events
 from sdtune.errors import ERRORS, ProjectError, TrainingError
-from sdtune.training.kohya.launcher import AVERAGE_MARK, INTERRUPTED
+from sdtune.training.kohya.launcher import AVERAGE_MARK, INTERRUPTED, Setup
 
 FOLDER = "SDTUNE_SD_SCRIPTS"
 PYTHON = "SDTUNE_SD_SCRIPTS_PYTHON"
@@ -69,6 +69,7 @@ def find_sd_scripts(environment: Mapping[str, str] = os.environ) -> SdScripts:
 def run_sd_scripts(
     scripts: SdScripts,
     args: list[str],
+    setup: Setup,
     work: Path,
     *,
     sdxl: bool,
@@ -79,8 +80,10 @@ def run_sd_scripts(
 
     TrainingError: it did not end with 0, or made no step. An interrupt stops it first.
     """
+    beside = work / "setup.json"
+    beside.write_text(json.dumps(asdict(setup)), encoding="utf-8")
     process = subprocess.Popen(
-        [scripts.python, "-m", LAUNCHER, "sdxl" if sdxl else "sd", *args],
+        [scripts.python, "-m", LAUNCHER, "sdxl" if sdxl else "sd", str(beside), *args],
         cwd=scripts.folder,
         env=_environment(work),
         stdin=subprocess.DEVNULL,

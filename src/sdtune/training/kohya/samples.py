@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sdtune import events
 from sdtune.methods.images import open_image
 from sdtune.methods.kohya import KohyaFields
 from sdtune.training.components.contact_sheet import MOST_TRAINING_PICTURES, contact_sheet
+from sdtune.training.components.dataset import Picture, open_square
 from sdtune.training.run import Run
 
 FOLDER = "sample"
@@ -61,17 +63,14 @@ class KohyaSamples:
                 self.drawn[step] = [pictures[start : start + count] for start in range(0, len(pictures), count)]
                 self.run.save_samples(step, self.prompts, self.drawn[step])
 
-    def save_contact_sheet(self, pictures: list[Path]) -> None:
+    def save_contact_sheet(self, pictures: Sequence[Picture]) -> None:
         """Write training pictures and the first and last samples as one picture."""
         if not self.drawn:
             return
         side = self.method.resolution or 512
         steps = sorted(self.drawn)
         labels = {steps[0]: "before", steps[-1]: "after"}
-        shown = [
-            ImageOps.fit(open_image(picture), (side, side), Image.Resampling.LANCZOS)
-            for picture in pictures[:MOST_TRAINING_PICTURES]
-        ]
+        shown = [open_square(picture.path, side) for picture in pictures[:MOST_TRAINING_PICTURES]]
         sheet = contact_sheet(
             f"{self.run.output.name}: {self.method.name}, {steps[-1]} steps",
             shown,

@@ -10,19 +10,25 @@ import torch
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
-from sdtune.training.components.export import public_name, write_diffusers_lora
+from sdtune.training.components.export import write_diffusers_lora
 from sdtune.training.components.import_lora import read_lora
+from sdtune.training.components.kohya_metadata import public_name
 from sdtune.training.components.lora_weights import Family, lora_change
 from sdtune.training.kohya.args import Places, kohya_args
 from sdtune.training.kohya.base import prepare_base
 from sdtune.training.kohya.dataset import StagedDataset, stage_captioned, stage_repeats_folders
 from sdtune.training.kohya.header import copy_with_metadata, read_metadata
+from sdtune.training.kohya.held_out import write_held_out
+from sdtune.training.kohya.launcher import Setup
 from sdtune.training.kohya.process import Averages, find_sd_scripts, run_sd_scripts
 from sdtune.training.kohya.samples import KohyaSamples
 from sdtune.training.run import Run
 
 SMALLEST_CHANGE = torch.finfo(torch.float16).smallest_normal / 1024
 """Of a weight: the smallest number of float16, the type of files for drawing."""
+
+VARYING = ("ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date")
+"""Random, and times of the day."""
 
 
 def train(method: KohyaFields, run: Run) -> None:
@@ -39,6 +45,13 @@ def train(method: KohyaFields, run: Run) -> None:
             run.tell(events.Note(f"This machine has {count} GPUs; {method.name} trains on one of them.", "warning"))
         samples = KohyaSamples(method, run, output_dir=work / "output")
         prompts = samples.write_prompts(work / "prompts.json")
+        held_out = work / "held_out.safetensors"
+        setup = Setup(
+            **vars(base.shape),
+            held_out=str(held_out),
+            captions=write_held_out(dataset.measured, method.resolution or base.resolution, held_out),
+            held_out_every=method.held_out_every,
+        )
         places = Places(work / "output", work / "logs", run.output.name, prompts)
 
         def on_event(event: events.Event) -> None:
@@ -49,7 +62,7 @@ def train(method: KohyaFields, run: Run) -> None:
             run.draw_scalar("train/avr_loss", averages.avr_loss, averages.step)
 
         averages = run_sd_scripts(
-            scripts, kohya_args(method, base, dataset, places), work,
+            scripts, kohya_args(method, base, dataset, places), setup, work,
             sdxl=base.family is Family.SDXL,
             on_event=on_event, on_averages=on_averages,
         )  # fmt: skip
@@ -62,8 +75,8 @@ def train(method: KohyaFields, run: Run) -> None:
 def stage(method: KohyaFields, run: Run, target: Path) -> StagedDataset:
     """The dataset laid out for sd-scripts, and what is to be told of it."""
     if not isinstance(method, KohyaDreamBoothLora):
-        return stage_captioned(run.dataset, target)
-    dataset = stage_repeats_folders(run.dataset, method.class_data_dir, target)
+        return stage_captioned(run.dataset, method, target)
+    dataset = stage_repeats_folders(run.dataset, method, target)
     if dataset.regularisation:
         run.tell(events.Note(dataset.regularisation))
     return dataset
@@ -97,8 +110,10 @@ def public_metadata(metadata: dict[str, str], method: KohyaFields) -> dict[str, 
     """What sd-scripts wrote, with the base model by the name the user knows it by and no folder of this machine.
 
     sd-scripts tells folders by their last part only; of a model from the hub that would be a snapshot's number.
+    Left out is what would be another at each run: the same settings give the same file.
     """
     # Of a folder there is no hash, and sd-scripts writes the reason for that instead.
-    return {key: value for key, value in metadata.items() if value not in ("IsADirectory", "NOFILE")} | {
-        "ss_sd_model_name": public_name(method.base_model)
+    kept = {
+        key: value for key, value in metadata.items() if key not in VARYING and value not in ("IsADirectory", "NOFILE")
     }
+    return kept | {"ss_sd_model_name": public_name(method.base_model)}
