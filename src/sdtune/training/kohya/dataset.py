@@ -146,7 +146,7 @@ def _top(example: Example) -> str:
 
 
 def _pictures(folder: Path, examples: Sequence[Example]) -> list[Picture]:
-    return [Picture(folder / example.image, example.caption or "", example.repeats) for example in examples]
+    return [Picture.of(folder, example, "") for example in examples]
 
 
 def _shown(examples: Sequence[Example]) -> int:

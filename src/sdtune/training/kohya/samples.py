@@ -12,7 +12,7 @@ from sdtune import events
 from sdtune.methods.images import open_image
 from sdtune.methods.kohya import KohyaFields
 from sdtune.training.components.contact_sheet import MOST_TRAINING_PICTURES, contact_sheet
-from sdtune.training.components.dataset import Picture, open_square
+from sdtune.training.components.dataset import Picture, open_cut
 from sdtune.training.run import Run
 
 FOLDER = "sample"
@@ -70,7 +70,7 @@ class KohyaSamples:
         side = self.method.resolution or 512
         steps = sorted(self.drawn)
         labels = {steps[0]: "before", steps[-1]: "after"}
-        shown = [open_square(picture.path, side) for picture in pictures[:MOST_TRAINING_PICTURES]]
+        shown = [open_cut(picture.path, (side, side)) for picture in pictures[:MOST_TRAINING_PICTURES]]
         sheet = contact_sheet(
             f"{self.run.output.name}: {self.method.name}, {steps[-1]} steps",
             shown,
