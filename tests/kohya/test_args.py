@@ -68,15 +68,7 @@ def test_the_parser_accepts_the_defaults(method: KohyaFields, family: Family) ->
 
 # What acts on the run but not through an option: on the base model's place, the prompts, the process, the launcher.
 ELSEWHERE = {"base_model", "revision", "v_parameterization", "sample_prompt", "num_samples", "sample_steps"}
-    "base_model",
-    "revision",
-    "v_parameterization",
-    "sample_prompt",
-    "num_samples",
-    "sample_steps",
-    "guidance_scale",
-}
-ELSEWHERE |= {"mixed_precision", "class_data_dir", "held_out_images", "held_out_every"}
+ELSEWHERE |= {"guidance_scale", "mixed_precision", "class_data_dir", "held_out_images", "held_out_every"}
 
 
 @pytest.mark.parametrize("field", [name for name in KohyaDreamBoothLora.model_fields if name not in ELSEWHERE])
