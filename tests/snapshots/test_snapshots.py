@@ -42,7 +42,7 @@ def help_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return run
 
 
-@pytest.mark.parametrize("words", ["", "train", "validate", *(f"train {name}" for name in METHODS)])
+@pytest.mark.parametrize("words", ["", "train", "validate", "convert", *(f"train {name}" for name in METHODS)])
 def test_help(words: str, help_of: Callable[..., str], snapshot: SnapshotAssertion) -> None:
     assert help_of(*words.split()) == snapshot
 
@@ -57,4 +57,4 @@ def test_arguments_of_the_container(name: str, snapshot: SnapshotAssertion) -> N
 
 def test_every_snapshot_is_somebodys(snapshot: SnapshotAssertion) -> None:
     folder = Path(__file__).parent / "__snapshots__" / "test_snapshots"
-    assert len(list(folder.iterdir())) == 3 + 2 * len(METHODS)
+    assert len(list(folder.iterdir())) == 4 + 2 * len(METHODS)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sdtune import events
 from sdtune.cli import ledger_view, run_view
 from sdtune.cli.words import count
-from sdtune.commands.convert import Conversion
+from sdtune.commands.convert import Conversion, LoraSummary
 from sdtune.commands.train import TrainingPlan
 from sdtune.errors import SdtuneError
 from sdtune.jobs.backend import LogLine
@@ -155,16 +155,18 @@ class HumanConsole(Console):
         run_view.follow(self.out, stream)
 
     def conversion(self, conversion: Conversion) -> None:
-        family = f", {conversion.family}" if conversion.family else ""
-        for verb, side in (("Read", conversion.source), ("Wrote", conversion.target)):
-            self.out.print(f"[bold]{verb}[/] {escape(side.path)} ({side.form}{family}, {', '.join(side.dtypes)})")
-            if side is conversion.source:
-                for part in conversion.parts:
-                    rank, alpha = (", ".join(f"{value:g}" for value in values) for values in (part.ranks, part.alphas))
-                    dora = ", DoRA" if part.dora else ""
-                    self.out.print(
-                        f"  {part.name:<15}{count(part.modules, 'module')}, rank {rank}, alpha {alpha}{dora}"
-                    )
+        def said(side: LoraSummary) -> str:
+            facts = [side.form, *([conversion.family] if conversion.family else []), *side.dtypes]
+            return f"{escape(side.path)} ({', '.join(facts)})"
+
+        self.out.print(f"[bold]Read[/] {said(conversion.source)}")
+        for part in conversion.parts:
+            rank, alpha = (", ".join(f"{value:g}" for value in values) for values in (part.ranks, part.alphas))
+            dora = ", DoRA" if part.dora else ""
+            self.out.print(f"  {part.name:<15}{count(part.modules, 'module')}, rank {rank}, alpha {alpha}{dora}")
+        self.out.print(f"[bold]Wrote[/] {said(conversion.target)}")
+        for note in conversion.notes:
+            self.out.print(f"[yellow]note:[/] {note}")
 
     def stopped(self) -> None:
         self.out.print("[yellow]Stopped.[/] The run was ended and left no result.")

@@ -51,12 +51,13 @@ class LoraSummary:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was read and what was written."""
+    """What was read and what was written. notes: what to know before using it."""
 
     source: LoraSummary
     target: LoraSummary
     family: Family | None
     parts: list[Part]
+    notes: list[str]
 
 
 def convert(
@@ -90,11 +91,19 @@ def convert(
         raise RecipeError(str(error)) from error
     except OSError as error:
         raise RecipeError(f"output: {output} cannot be written: {error.strerror or error}.") from error
+    parts = [_part(name, read.weights[name].values()) for name in COMPONENTS if name in read.weights]
+    notes = []
+    if form is Form.KOHYA and any(len(part.alphas) > 1 for part in parts):
+        notes.append(
+            "The alphas of its modules differ. UIs apply each; diffusers applies one to all of this form, "
+            "so give it the LoRA in its own form."
+        )
     return Conversion(
         LoraSummary(str(read_from), read.form, before),
         LoraSummary(str(written), form, _dtypes(written)),
         found,
-        [_part(name, read.weights[name].values()) for name in COMPONENTS if name in read.weights],
+        parts,
+        notes,
     )
 
 

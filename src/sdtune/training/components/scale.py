@@ -56,6 +56,8 @@ def multiply_in(weights: LoraWeights, dtype: torch.dtype | None) -> tuple[LoraWe
     types = {
         f"{name}.{part}": tensor.dtype for name, module in source.items() for part, tensor in module.tensors.items()
     }
+    if all(module.alpha == module.rank for module in source.values()):
+        return multiplied, {}  # nothing to undo
     if dtype is not None and any(torch.promote_types(dtype, one) != dtype for one in types.values()):
         return multiplied, {}
     rounding = {}
