@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 
 from sdtune.commands.convert import Dtype, convert
 from sdtune.errors import RecipeError, TrainingError
+from sdtune.training.components import scale
 from sdtune.training.components.export import DIFFUSERS_FILE, write_diffusers_lora, write_kohya_lora
 from sdtune.training.components.import_lora import lora_files, read_lora, read_lora_file
 from sdtune.training.components.kohya_metadata import HASHES
@@ -144,6 +145,15 @@ def test_diffusers_form_is_as_narrow_as_it_can_be(alpha, dtype, stored, entries,
     assert {key for key in metadata_of(file) if key.startswith("sdtune_")} == entries
     change = tensors["unet.conv_in.lora.up.weight"].float() @ tensors["unet.conv_in.lora.down.weight"].float()
     torch.testing.assert_close(change, one.delta(), atol=1e-5, rtol=0)
+
+
+def test_rounding_that_no_header_holds_is_left_out_with_the_alpha(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "MOST_ROUNDING", 10)
+    weights = {"unet": {"conv_in": module(64, 16, rank=7, alpha=3.0)}}
+    file = write_diffusers_lora(weights, tmp_path, dtype=None)
+    found = read_lora(file)["unet"]["conv_in"]
+    assert found.alpha == found.rank == 7
+    torch.testing.assert_close(found.delta(), weights["unet"]["conv_in"].delta())
 
 
 @pytest.mark.parametrize("target", Form)

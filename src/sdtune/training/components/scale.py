@@ -30,6 +30,8 @@ TRAINED_DTYPE_KEY = "sdtune_trained_dtype"
 ROUNDING_KEY = "sdtune_rounding"
 HEADER_KEYS = (TRAINED_ALPHA_KEY, TRAINED_DTYPE_KEY, ROUNDING_KEY)
 
+MOST_ROUNDING = 50_000_000
+"""Bytes; readers of safetensors refuse a header of more than 100 million."""
 SPOILT = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, zlib.error)
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -42,7 +44,8 @@ def multiply_in(weights: LoraWeights, dtype: torch.dtype | None) -> tuple[LoraWe
 
     dtype: of all tensors. None: each keeps its own, unless a product has no exact place in half precision; then all
     are float32, because a layer whose halves differ in type cannot be run.
-    Of a dtype that holds less than the source there are no entries: what was lost cannot be given back.
+    There are none where they cannot be true or cannot be kept: of a dtype that holds less than the source, and of
+    rounding beyond ``MOST_ROUNDING`` (about a fifth of a byte per number of ``up``: 250 million of them, in float32).
     """
     source = {
         f"{component}.{path}": module for component, modules in weights.items() for path, module in modules.items()
@@ -65,6 +68,8 @@ def multiply_in(weights: LoraWeights, dtype: torch.dtype | None) -> tuple[LoraWe
         up = module.up if widened else module.up.to(products[name].up.dtype)
         if steps := _packed(_bits(up) - _bits(_quotient(products[name].up, module.scale, up.dtype))):
             rounding[name] = steps
+    if sum(map(len, rounding.values())) > MOST_ROUNDING:
+        return multiplied, {}
     entries: dict[str, Mapping[str, Any]] = {
         TRAINED_ALPHA_KEY: _by_component({name: module.alpha for name, module in source.items()}),
         TRAINED_DTYPE_KEY: _by_component({name: str(one).removeprefix("torch.") for name, one in types.items()})
