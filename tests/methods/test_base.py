@@ -31,6 +31,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"lr_warmup_steps": 50, "lr_scheduler": "linear", "max_train_steps": 50},
         "lr_warmup_steps: found 50, but max_train_steps is 50; the warm-up must be shorter than the run.",
     ),
+    (
+        {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+        "lr_scheduler: found polynomial with learning_rate 1e-07, but it falls to 1e-7; use linear",
+    ),
     ({"lr_num_cycles": 2}, "lr_num_cycles: found 2, which only cosine_with_restarts has a use for"),
     ({"lr_scheduler": "cosine_with_restarts"}, "lr_num_cycles: found 1, with which cosine_with_restarts never"),
     ({"optimizer": "adafactor", "adam_beta1": 0.5}, "adam_beta1: found 0.5, but adafactor has no such setting"),

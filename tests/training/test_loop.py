@@ -131,6 +131,20 @@ def test_every_optimizer_finds_a_minimum(run: Run, name: str) -> None:
     assert (weight - 1).abs().max().item() < 0.2
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "lion", "adamw8bit"])
+def test_the_polynomial_schedule_ends_at_1e_7_with_every_optimizer(name: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    rate = 0.5 if name == "prodigy" else 5e-5
+    the_method = method(learning_rate=rate, optimizer=name, lr_scheduler="polynomial", max_train_steps=4)
+    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
+    rates = []
+    for _ in range(5):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1e-7 + (rate - 1e-7) * left for left in (1, 0.75, 0.5, 0.25, 0)], rel=1e-6)
+
+
 def test_a_missing_optimizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     with pytest.raises(TrainingError, match=r"the library lion_pytorch is not installed.*\[optimizers\]"):

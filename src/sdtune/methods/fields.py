@@ -117,6 +117,17 @@ class CommonFields(Method):
             )
         return steps
 
+    @field_validator("lr_scheduler")
+    @classmethod
+    def _polynomial_falls(cls, scheduler: str, info: ValidationInfo) -> str:
+        rate = info.data.get("learning_rate", 1.0)
+        if scheduler == "polynomial" and rate <= 1e-7:
+            raise ValueError(
+                f"found polynomial with learning_rate {rate:g}, but it falls to 1e-7; "
+                "use linear, which falls to 0, or a larger learning_rate."
+            )
+        return scheduler
+
     @field_validator("sample_every")
     @classmethod
     def _samples_to_draw(cls, every: int, info: ValidationInfo) -> int:

@@ -18,7 +18,11 @@ Group = dict[str, Any]
 
 
 def build_optimizer(groups: list[Group], method: TrainingFields) -> tuple[torch.optim.Optimizer, Any]:
-    """The method's optimizer over ``groups`` and the schedule of its learning rate, one tick per optimizer step."""
+    """The method's optimizer over ``groups`` and the schedule of its learning rate, one tick per optimizer step.
+
+    Optimizers are told the learning rate although each group has its own: the polynomial schedule, which ends at 1e-7
+    whatever it starts from, asks for theirs.
+    """
     optimizer = OPTIMIZERS[method.optimizer](groups, method)
     schedule = get_scheduler(
         method.lr_scheduler,
@@ -37,6 +41,7 @@ def parameters_of(groups: list[Group]) -> list[torch.nn.Parameter]:
 
 def _adam_options(method: TrainingFields) -> dict[str, Any]:
     return {
+        "lr": method.learning_rate,
         "betas": (method.adam_beta1, method.adam_beta2),
         "weight_decay": method.adam_weight_decay,
         "eps": method.adam_epsilon,
@@ -60,13 +65,15 @@ def _prodigy(groups: list[Group], method: TrainingFields) -> Any:
 
 def _adafactor(groups: list[Group], method: TrainingFields) -> Any:
     """Shazeer & Stern 2018, arXiv:1804.04235, at the given rate instead of its own schedule."""
-    return Adafactor(groups, scale_parameter=False, relative_step=False, weight_decay=method.adam_weight_decay)
+    rate, decay = method.learning_rate, method.adam_weight_decay
+    return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False, weight_decay=decay)
 
 
 def _lion(groups: list[Group], method: TrainingFields) -> Any:
     """Chen et al. 2023, arXiv:2302.06675."""
     betas = (method.adam_beta1, method.adam_beta2)
-    return _library("lion_pytorch").Lion(groups, betas=betas, weight_decay=method.adam_weight_decay)
+    rate, decay = method.learning_rate, method.adam_weight_decay
+    return _library("lion_pytorch").Lion(groups, lr=rate, betas=betas, weight_decay=decay)
 
 
 OPTIMIZERS: dict[str, Callable[[list[Group], TrainingFields], Any]] = {
