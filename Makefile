@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format bench snapshots lock clean
+.PHONY: help demo test lint types format bench snapshots parity lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,10 @@ bench: $(VENV)/.dev ## Measure the command line and the dataset check; results g
 snapshots: $(VENV)/.dev ## Renew the stored outputs that tests compare with
 	$(BIN)/python -m pytest tests/snapshots --snapshot-update
 
+parity: $(VENV)/parity/.ready ## Renew the losses of diffusers' example scripts: make parity DIFFUSERS=a git checkout of it
+	@test -n "$(DIFFUSERS)" || { echo "wanted DIFFUSERS=folder, a git checkout of huggingface/diffusers" >&2; exit 2; }
+	OMP_NUM_THREADS=1 $(VENV)/parity/bin/python tools/diffusers_parity.py "$(DIFFUSERS)"
+
 lock: ## Renew constraints.txt from what pyproject.toml allows today
 	$(PYTHON) tools/lock.py
 
@@ -58,3 +62,9 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,optimizers,dev]'
 	@touch $@ $(VENV)/.train
+
+# An environment of its own: with torchvision beside it, transformers reads pictures by other code.
+$(VENV)/parity/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)/parity
+	$(VENV)/parity/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[train]' datasets torchvision
+	@touch $@
