@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sdtune import __version__
 from sdtune.cli import app as cli
@@ -50,6 +51,18 @@ def test_dry_run_shows_what_would_run_and_starts_nothing(
     assert "Nothing was started" in out
     assert '"rank": 8' in out
     assert not (tmp_path / "out").exists()
+
+
+def test_the_shapes_of_the_pictures_are_told(sdtune: Command, pictures: Callable[..., Path], tmp_path: Path) -> None:
+    dataset = pictures()
+    assert "  shapes  " not in sdtune(*good(dataset, tmp_path), "--dry-run")[1]
+    Image.new("RGB", (600, 400), "red").save(dataset / "wide.png")
+    # Of the shipped model the sides are multiples of 16.
+    assert "shapes      128 x 128: 3, 160 x 96: 1" in sdtune(*good(dataset, tmp_path), "--dry-run")[1]
+    assert "  shapes  " not in sdtune(*good(dataset, tmp_path), "--dry-run", "--no-enable-bucket")[1]
+    lines = sdtune(*good(dataset, tmp_path), "--dry-run", "--json", "--resolution", "256")[1].splitlines()
+    plan = next(line for line in map(json.loads, lines) if line["event"] == "plan")
+    assert plan["shapes"] == {"256x256": 3, "304x208": 1}
 
 
 def test_json_is_one_object_per_line(sdtune: Command, pictures: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from sdtune.commands.convert import Conversion, LoraSummary
 from sdtune.commands.train import TrainingPlan
 from sdtune.errors import SdtuneError
 from sdtune.jobs.backend import LogLine
+from sdtune.methods.buckets import bucket_table
 from sdtune.methods.ledger import Ledger
 
 ProgressCall = Callable[[int, int], None]
@@ -76,7 +78,11 @@ class JsonConsole(Console):
         sys.stdout.flush()
 
     def plan(self, plan: TrainingPlan, place: str) -> None:
-        self._line("plan", place=place, job=plan.job.name, output=plan.job.output, settings=plan.method.settings())
+        shapes = {f"{width}x{height}": count for (width, height), count in Counter(plan.shapes).items()}
+        self._line(
+            "plan", place=place, job=plan.job.name, output=plan.job.output, shapes=shapes,
+            settings=plan.method.settings(),
+        )  # fmt: skip
         if plan.base_model.note:
             self._line(**events.to_dict(events.Note(plan.base_model.note, "warning")))
 
@@ -119,20 +125,22 @@ class HumanConsole(Console):
     def plan(self, plan: TrainingPlan, place: str) -> None:
         method = plan.method
         pictures = method.train_batch_size * method.gradient_accumulation_steps
-        resolution = method.resolution or plan.base_model.resolution
-        size = f" at {resolution} px" if resolution else ""
+        size = f" at {plan.resolution} px" if plan.resolution else ""
+        shapes = plan.shapes
         self.out.print(f"[bold]{method.name}[/bold] on {place}")
         shown = count(len(plan.ledger.examples), "picture")
         for name, value in (
             ("base model", method.base_model + (f" at {method.revision}" if method.revision else "")),
             ("dataset", f"{shown}{size} from {plan.ledger.root}"),
+            ("shapes", bucket_table(shapes) if len(set(shapes)) > 1 else ""),
             (
                 "training",
                 f"{count(method.max_train_steps, 'step')} of {count(pictures, 'picture')}, seed {method.seed}",
             ),
             ("output", plan.job.output),
         ):
-            self.out.print(f"  {name:<12}{escape(str(value))}")
+            if value:
+                self.out.print(f"  {name:<12}{escape(str(value))}")
         if plan.base_model.note:
             self.out.print(f"[yellow]warning:[/] {escape(plan.base_model.note)}")
 

@@ -14,6 +14,7 @@ from sdtune.jobs.backend import Backend, LogLine
 from sdtune.jobs.spec import JobSpec, plan_training
 from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.base_models import BaseModel, find_base_model
+from sdtune.methods.buckets import Shape
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Ledger
@@ -28,6 +29,19 @@ class TrainingPlan:
     ledger: Ledger
     job: JobSpec
     rendered: dict[str, Any]
+
+    @property
+    def resolution(self) -> int | None:
+        """Side of the training pictures in pixels; None where only loading the base model would tell."""
+        return self.method.resolution or self.base_model.resolution
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """In which shape each picture will be trained; none where the resolution is not known."""
+        if self.resolution is None:
+            return []
+        buckets = self.method.buckets(self.resolution, self.base_model.bucket_step)
+        return [buckets.shape_of((example.width, example.height)) for example in self.ledger.examples]
 
 
 def plan_train(

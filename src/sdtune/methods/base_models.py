@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdtune.errors import RecipeError
+from sdtune.methods.buckets import STEP, bucket_step
 
 CHECKPOINTS = (".safetensors", ".ckpt")
 """What a single file with all weights of a model is called."""
@@ -47,12 +48,14 @@ class BaseModel:
     name: what the training process can be told: a path, a Hugging Face id that exists, or gs://bucket/path.
     path: its folder or file as this machine sees it; None for an id or a bucket, which the run fetches at its start.
     resolution: side in pixels of the pictures it was made for; None where only loading it would tell.
+    bucket_step: what sides of pictures are multiples of, as far as it is known.
     note: what the user should know of where it comes from.
     """
 
     name: str
     path: Path | None = None
     resolution: int | None = None
+    bucket_step: int = STEP
     note: str | None = None
 
 
@@ -66,7 +69,7 @@ def find_base_model(name: str, revision: str | None = None) -> BaseModel:
             f"base_model: {name} is a folder without model_index.json; wanted the folder of a whole diffusers "
             "pipeline (unet/, vae/, text_encoder/, tokenizer/, scheduler/), as save_pretrained writes it."
         )
-    return BaseModel(found.name, found.path, _resolution(found.path), found.note)
+    return replace(found, **_sizes(found.path))
 
 
 def locate_base_model(name: str, revision: str | None = None) -> BaseModel:
@@ -153,11 +156,14 @@ def files_to_load(name: str, files: Iterable[str]) -> list[str]:
     return sorted(wanted)
 
 
-def _resolution(folder: Path) -> int | None:
-    """Latent side of the UNet times the VAE's scale: two for each of its blocks but the first."""
+def _sizes(folder: Path) -> dict[str, Any]:
+    """resolution and bucket_step: UNet and VAE each halve once for each of their blocks but the first."""
     unet, vae = _config(folder / "unet"), _config(folder / "vae")
-    side, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-    return side * 2 ** (len(blocks) - 1) if isinstance(side, int) and isinstance(blocks, list) else None
+    side, *blocks = unet.get("sample_size"), unet.get("block_out_channels"), vae.get("block_out_channels")
+    if not isinstance(side, int) or not all(isinstance(one, list) and one for one in blocks):
+        return {}
+    of_unet, of_vae = (2 ** (len(one) - 1) for one in blocks)
+    return {"resolution": side * of_vae, "bucket_step": bucket_step(side * of_vae, of_vae * of_unet)}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -10,12 +10,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 Shape: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
 STEP = 64
 """Sides are multiples of so many pixels, in models for 512 pixels and more."""
+
+
+def bucket_step(resolution: int, smallest: int) -> int:
+    """What sides of pictures are multiples of: 64 where that is custom, else ``smallest``, which the UNet can halve."""
+    return STEP if resolution >= 512 and STEP % smallest == 0 else smallest
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Buckets:
     longest: int
     no_upscale: bool = False
 
-    @property
+    @cached_property
     def shapes(self) -> list[Shape]:
         """Every shape, the widest last."""
         found = {(self.resolution, self.resolution)}

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.base_models import BaseModel
-from sdtune.methods.buckets import STEP
+from sdtune.methods.buckets import bucket_step
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
@@ -72,9 +72,8 @@ class Parts:
 
     @property
     def bucket_step(self) -> int:
-        """What sides of pictures are multiples of, in pixels: what the UNet can halve, and 64 where that is custom."""
-        halved = int(self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
-        return STEP if self.resolution >= 512 and STEP % halved == 0 else halved
+        """What sides of pictures are multiples of, in pixels."""
+        return bucket_step(self.resolution, self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
     def by_name(self) -> dict[str, Any]:
