@@ -111,6 +111,8 @@ VALUES: dict[str, Any] = {
     "use_ema": True,
     "ema_decay": 0.99,
     "proportion_empty_prompts": 0.1,
+    "hub_model_id": "someone/a-cat.v2",
+    "wandb_project": "my cats",
 }
 # What a field only makes sense beside, as far as the method has it.
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a cat", "class_data_dir": "my class"}
@@ -124,6 +126,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "random_crop": {"cache_latents": False},
     **dict.fromkeys([f"text_encoder_{name}" for name in ("lr", "rank", "alpha", "dropout", "bias")], TEXT_ENCODER),
     "ema_decay": {"use_ema": True},
+    "hub_model_id": {"push_to_hub": True},
+    "hub_private": {"push_to_hub": True},
     **dict.fromkeys([*PRIOR, "num_class_images", "prior_loss_weight"], PRIOR),
 }
 VALUES["lr_warmup_steps"] = 13

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from sdtune.errors import RecipeError
 from sdtune.methods.base import Method
 from sdtune.methods.catalog import find_method
-from sdtune.methods.fields import CommonFields
+from sdtune.methods.fields import CommonFields, PublishFields
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -29,9 +29,11 @@ def method_parameters(method: type[Method], taken: set[str]) -> list[inspect.Par
     clash = taken & set(method.model_fields)
     if clash:
         raise TypeError(f"{method.__name__}: fields {sorted(clash)} are named like options of the command")
+    # What is trained first, where it is shown last.
+    fields = sorted(method.model_fields.items(), key=lambda field: field[0] in PublishFields.model_fields)
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(method, name, info))
-        for name, info in method.model_fields.items()
+        for name, info in fields
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +15,53 @@ from sdtune.methods.buckets import Buckets
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
-class CommonFields(Method):
+class PublishFields(Method):
+    """Where a run is shown besides its output folder. None of it changes what is trained."""
+
+    push_to_hub: Annotated[
+        bool, Field(description="Upload the result to the Hugging Face Hub at the end; needs a token that may write.")
+    ] = False
+    hub_model_id: Annotated[
+        str | None,
+        Field(description="Where on the Hub: owner/name. Not given: the output folder's name, of the token's user."),
+    ] = None
+    hub_private: Annotated[bool, Field(description="Make a private repository on the Hub.")] = False
+    wandb_project: Annotated[
+        str | None,
+        Field(min_length=1, max_length=128, description="Also log to this Weights & Biases project."),
+    ] = None
+
+    @field_validator("hub_model_id", "hub_private")
+    @classmethod
+    def _belongs_to_the_hub(cls, value: str | bool | None, info: ValidationInfo) -> str | bool | None:
+        if value and not info.data.get("push_to_hub", True):
+            raise ValueError(f"found {value!r}, but nothing is uploaded; add --push-to-hub or leave it out.")
+        if isinstance(value, str) and not is_hub_id(value):
+            raise ValueError(
+                f"found {value!r}, wanted owner/name, both of letters, digits, '-', '_' and '.', at most 96 characters."
+            )
+        return value
+
+    @field_validator("wandb_project")
+    @classmethod
+    def _is_a_project(cls, name: str | None) -> str | None:
+        if name and re.search(r"[/\\#?%:]|[^\S ]", name):
+            raise ValueError(f"found {name!r}, wanted a name on one line without any of / \\ # ? % :")
+        return name
+
+    def recipe(self) -> dict[str, Any]:
+        """What made the result: the settings without those above, so that training it again publishes nothing."""
+        return {name: value for name, value in self.settings().items() if name not in PublishFields.model_fields}
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether the Hugging Face Hub would take it as owner/name."""
+    part = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    allowed = re.fullmatch(f"{part}/{part}", text, re.ASCII)
+    return bool(allowed) and "--" not in text and ".." not in text and not text.endswith(".git")
+
+
+class CommonFields(PublishFields):
     """What every method needs to know, whichever library does the work."""
 
     base_model: Annotated[
