@@ -60,7 +60,7 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,optimizers,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,optimizers,wandb,dev]'
 	@touch $@ $(VENV)/.train
 
 # An environment of its own: with torchvision beside it, transformers reads pictures by other code.

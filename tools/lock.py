@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
-        extras = f"{ROOT}[train,optimizers,dev]"
+        extras = f"{ROOT}[train,optimizers,wandb,dev]"
         subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, extras], check=True)
         subprocess.run([python, "-m", "pip", "check"], check=True)
         listing = [python, "-m", "pip", "list", "--format=freeze"]
