@@ -51,7 +51,14 @@ class TrainingError(SdtuneError):
     kind = "training"
 
 
+class PublishError(SdtuneError):
+    """The result exists, but could not be shown where it was asked for."""
+
+    exit_code = 6
+    kind = "publish"
+
+
 ERRORS: dict[str, type[SdtuneError]] = {
-    error.kind: error for error in (RecipeError, DatasetError, ProjectError, JobError, TrainingError)
+    error.kind: error for error in (RecipeError, DatasetError, ProjectError, JobError, TrainingError, PublishError)
 }
 """By ``kind``, so that an error told by the training process keeps its exit code in the launcher."""

@@ -33,7 +33,7 @@ def test_a_run_from_the_command_to_the_files(pictures: Callable[..., Path], tmp_
     assert [line["event"] for line in told if line["event"] == "log"] == []
     assert told[-1]["event"] == "finished"
     made = {line["kind"]: Path(line["path"]) for line in told if line["event"] == "artifact"}
-    assert set(made) == {"lora", "kohya_lora", "contact_sheet", "tensorboard", "recipe"}
+    assert set(made) == {"lora", "kohya_lora", "contact_sheet", "tensorboard", "card", "recipe"}
     assert all(path.exists() for path in made.values())
 
     again = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)

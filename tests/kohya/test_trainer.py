@@ -105,6 +105,12 @@ def test_a_run_leaves_everything_it_promises(train: Train, tmp_path: Path) -> No
 
     recipe = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
     assert (recipe["resolution"], recipe["sample_prompt"]) == (512, ["sks cat"])
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "It has learned `sks cat` from 1 picture." in card
+    assert "| pictures | 1, 3 with repeats |" in card
+    assert "](samples/step-000005/prompt-0-sample-1.png)" in card
+    assert "instance_prompt: sks cat" in card
+    assert str(tmp_path) not in card
     curves = EventAccumulator(str(output / "logs")).Reload()
     assert {"train/loss", "train/learning_rate", "train/avr_loss"} <= set(curves.Tags()["scalars"])
     assert curves.Scalars("train/avr_loss")[-1].value == 0.75

@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_it_promises(
     recipe = yaml.safe_load((output / "recipe.yaml").read_text())
     assert recipe.pop("method") == "dreambooth-lora"
     assert (recipe["resolution"], recipe["rank"], recipe["sample_prompt"]) == (128, 4, ["a photo of sks cat"])
-    assert DreamBoothLora.from_settings(recipe).settings() == recipe
+    assert DreamBoothLora.from_settings(recipe).recipe() == recipe
 
     steps = sorted(path.name for path in (output / "samples").iterdir())
     assert steps == ["step-000000", "step-000002", "step-000004"]

@@ -25,7 +25,9 @@ MEANING = {
     "peft": "for PEFT: PeftModel.from_pretrained",
     "contact_sheet": "before and after, to look at",
     "tensorboard": "curves: tensorboard --logdir",
+    "card": "what it is and how to use it, for people",
     "recipe": "the settings, for --config",
+    "hub": "on the Hugging Face Hub",
 }
 
 

@@ -19,7 +19,7 @@ from sdtune import events
 from sdtune.errors import SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
-from sdtune.training.launch import INTERRUPTED, is_one_of_several, number_of_gpus, run_in_processes
+from sdtune.training.launch import INTERRUPTED, is_first, is_one_of_several, number_of_gpus, run_in_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
-    """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
+    """Train by the method's own trainer; torch is imported here, after the arguments and accounts proved right."""
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -59,10 +59,17 @@ def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # What will change in them is for those who write such code.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    from sdtune.training.hub import open_repository
+    from sdtune.training.trackers import check_trackers
+
+    hub = None
+    if is_first():
+        check_trackers(method)
+        hub = open_repository(method, output.name)
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
-    with Run.open(method, dataset, output) as run:
+    with Run.open(method, dataset, output, hub) as run:
         trainer.train(method, run)
 
 

@@ -15,6 +15,11 @@ def is_one_of_several() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def is_first() -> bool:
+    """This process is alone, or the one of several that tells, draws and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def number_of_gpus() -> int:
     """How many this process may use (CUDA_VISIBLE_DEVICES narrows it), at least 1; without touching any."""
     import torch

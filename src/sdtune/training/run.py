@@ -18,15 +18,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 from sdtune import __version__, events
 from sdtune.errors import TrainingError
 from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.fields import CommonFields
 from sdtune.training import interrupts
+from sdtune.training.components.base_facts import base_facts
 from sdtune.training.components.files import publish
+from sdtune.training.components.model_card import CARD_FILE, CardFacts, Record, model_card
 from sdtune.training.components.processes import Share
+from sdtune.training.hub import HubRepository, published_names
+from sdtune.training.trackers import Trackers, open_trackers
 
 LOGS = "logs"
 SAMPLES = "samples"
@@ -41,13 +44,18 @@ class Run:
     dataset: Path
     output: Path
     accelerator: Any
-    tensorboard: SummaryWriter | None
+    trackers: Trackers
+    hub: HubRepository | None = None
     started: float = field(default_factory=time.time)
+    record: Record = field(default_factory=Record)
 
     @classmethod
     @contextmanager
-    def open(cls, method: CommonFields, dataset: Path, output: Path) -> Iterator[Run]:
-        """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced."""
+    def open(cls, method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None) -> Iterator[Run]:
+        """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced.
+
+        hub: where the result is uploaded to.
+        """
         interrupts.listen()
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()
@@ -59,16 +67,16 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=MOST_WAITING)],
         )
         with ExitStack() as opened:
-            tensorboard = None
+            trackers = Trackers([])
             if accelerator.is_main_process:
                 try:
                     _make_ready(output)
-                    tensorboard = opened.enter_context(SummaryWriter(output / LOGS))
+                    trackers = opened.enter_context(open_trackers(method, output / LOGS, output.name))
                 except OSError as error:
                     raise TrainingError(
                         f"output: {output} cannot be written ({error}); choose another --output."
                     ) from None
-            yield cls(dataset, output, accelerator, tensorboard)
+            yield cls(dataset, output, accelerator, trackers, hub)
             # Not after an error: the others may hang in an exchange that will not come.
             accelerator.end_training()
 
@@ -98,35 +106,35 @@ class Run:
         return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.mixed_precision, torch.float32)
 
     def tell(self, event: events.Event) -> None:
-        """Say it on standard output, and draw it in TensorBoard where it is a number."""
+        """Say it on standard output, draw it where it is a number, and keep what the card will show."""
         if not self.is_first:
             return
         events.emit(event)
-        if isinstance(event, events.Step):
-            self.draw_scalar("train/loss", event.loss, event.step)
-            self.draw_scalar("train/learning_rate", event.learning_rate, event.step)
-            self.draw_scalar("train/images_per_second", event.images_per_second, event.step)
-        elif isinstance(event, events.Measure):
-            self.draw_scalar(event.name, event.value, event.step)
+        match event:
+            case events.Step():
+                self.draw_scalar("train/loss", event.loss, event.step)
+                self.draw_scalar("train/learning_rate", event.learning_rate, event.step)
+                self.draw_scalar("train/images_per_second", event.images_per_second, event.step)
+            case events.Measure():
+                self.draw_scalar(event.name, event.value, event.step)
+                self.record.measures.append(event)
+            case events.Artifact() if Path(event.path).is_relative_to(self.output):
+                name = Path(event.path).relative_to(self.output).as_posix()
+                self.record.files.setdefault(event.kind, []).append(name)
 
     def draw_scalar(self, name: str, value: float, step: int) -> None:
-        """One point of a curve in TensorBoard."""
-        if self.tensorboard:
-            with interrupts.held():
-                self.tensorboard.add_scalar(name, value, step)
+        """One point of a curve."""
+        self.trackers.scalar(name, value, step)
 
     def save_samples(self, step: int, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> None:
-        """Write the pictures of each prompt, drawn after ``step`` steps, as PNG files and into TensorBoard."""
+        """Write the pictures of each prompt, drawn after ``step`` steps, as PNG files and into the trackers."""
         for number, (prompt, row) in enumerate(zip(prompts, pictures, strict=True)):
             for sample, picture in enumerate(row):
-                path = self.output / SAMPLES / f"step-{step:06d}" / f"prompt-{number}-sample-{sample}.png"
-                with publish(path) as temporary:
+                name = f"{SAMPLES}/step-{step:06d}/prompt-{number}-sample-{sample}.png"
+                with publish(self.output / name) as temporary:
                     picture.save(temporary, format="PNG")
-                if self.tensorboard:
-                    with interrupts.held():
-                        self.tensorboard.add_image(
-                            f"samples/{number}-{sample} {prompt}", _pixels(picture), step, dataformats="HWC"
-                        )
+                self.trackers.picture(f"samples/{number}-{sample}", prompt, picture, step)
+                self.record.samples.setdefault(step, {}).setdefault(prompt, []).append(name)
 
     def save_picture(self, kind: str, name: str, picture: Image.Image) -> None:
         """Write one picture of the result."""
@@ -135,22 +143,45 @@ class Run:
         self.tell(events.Artifact(kind, str(self.output / name)))
 
     def finish(self, method: CommonFields, loss: float, change: float) -> None:
-        """Write the recipe, which comes last (an output folder that has one holds a finished run), and say so."""
+        """Write the card and the recipe, which comes last (an output folder that has one holds a finished run),
+        upload them with the result if asked, and say so."""
         self.tell(events.Artifact("tensorboard", str(self.output / LOGS)))
+        self._save_card(method, loss)
         self._save_recipe(method)
+        if self.hub:
+            names = published_names(self.output, self.record.files, method.recipe())
+            self.tell(events.Phase("upload", f"Uploading to {self.hub.repo_id}"))
+            self.tell(events.Artifact("hub", self.hub.upload(self.output, names)))
         seconds = round(time.time() - self.started, 1)
         self.tell(events.Finished(seconds=seconds, steps=method.max_train_steps, loss=loss, change=change))
 
+    def _save_card(self, method: CommonFields, loss: float) -> None:
+        facts = CardFacts(
+            name=self.output.name,
+            method=method,
+            base=base_facts(method.base_model),
+            record=self.record,
+            loss=loss,
+            seconds=time.time() - self.started,
+            machine=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            versions={"sdtune": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            hub_id=self.hub.repo_id if self.hub else None,
+        )
+        self._save_text("card", CARD_FILE, model_card(facts))
+
     def _save_recipe(self, method: CommonFields) -> None:
-        used = {"method": method.name, **method.settings()}
+        used = {"method": method.name, **method.recipe()}
         text = (
             f"# What sdtune {__version__} trained {self.output.name!r} with. Train the same again with\n"
             f"#   sdtune train {method.name} --config recipe.yaml --dataset DIR --output DIR\n"
             + yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
         )
-        with publish(self.output / RECIPE_FILE) as temporary:
+        self._save_text("recipe", RECIPE_FILE, text)
+
+    def _save_text(self, kind: str, name: str, text: str) -> None:
+        with publish(self.output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        self.tell(events.Artifact("recipe", str(self.output / RECIPE_FILE)))
+        self.tell(events.Artifact(kind, str(self.output / name)))
 
 
 def mixed_precision(setting: str) -> str:
@@ -172,14 +203,9 @@ def _make_ready(output: Path) -> None:
 
 
 def _remove_what_was_drawn(output: Path) -> None:
-    """The curves and samples of an earlier run, and nothing else that may lie there."""
+    """The curves, samples and card of an earlier run, and nothing else that may lie there."""
+    (output / CARD_FILE).unlink(missing_ok=True)
     for curve in (output / LOGS).glob("events.out.tfevents.*"):
         curve.unlink()
     for drawn in (output / SAMPLES).glob("step-*"):
         shutil.rmtree(drawn)
-
-
-def _pixels(picture: Image.Image) -> Any:
-    import numpy
-
-    return numpy.asarray(picture)

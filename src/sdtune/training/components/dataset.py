@@ -14,6 +14,7 @@ from sdtune.methods.fields import TrainingFields
 from sdtune.methods.images import open_image
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Example
+from sdtune.training.components.model_card import DataCounts
 from sdtune.training.run import Run
 
 T = TypeVar("T")
@@ -44,7 +45,20 @@ def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[li
     ledger.raise_for_errors()
     pictures = [Picture.of(run.dataset, example, prompt) for example in ledger.examples]
     method.check_examples(len(pictures))
-    return keep_apart(pictures, method.held_out_images)
+    kept, apart = keep_apart(pictures, method.held_out_images)
+    run.record.data = counted(kept, len(apart))
+    run.record.trigger_words = [prompt] if prompt else []
+    return kept, apart
+
+
+def counted(pictures: Sequence[Picture], held_out: int) -> DataCounts:
+    """What the model card says of the pictures that are trained on; held_out: how many are not."""
+    return DataCounts(
+        pictures=len(pictures),
+        shown=sum(picture.repeats for picture in pictures),
+        captions=len({picture.caption for picture in pictures}),
+        held_out=held_out,
+    )
 
 
 def keep_apart(pictures: Sequence[T], count: int) -> tuple[list[T], list[T]]:

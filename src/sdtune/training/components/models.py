@@ -123,6 +123,7 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
         family=_family(loaded),
     )
     _check_clip_skip(parts, method)
+    run.record.sdxl = parts.family is Family.SDXL
     full = [
         *(parts.text_encoders if "text_encoder" in trained else []),
         *([parts.unet] if "unet" in trained else []),

@@ -37,6 +37,7 @@ def class_pictures(method: PriorMethod, parts: Parts, run: Run) -> list[Picture]
     given = _given(method)
     if missing := max(0, method.num_class_images - len(given)):
         given += _drawn(method, method.class_prompt, missing, parts, run)
+    run.record.class_pictures = method.num_class_images
     return given[: method.num_class_images]
 
 

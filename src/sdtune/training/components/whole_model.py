@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -91,11 +92,20 @@ def save_pipeline(parts: Parts, folder: Path, dtype: torch.dtype = torch.float16
         pipeline_of(parts).save_pretrained(temporary)
         for weights in temporary.rglob("*.safetensors"):
             _rewrite(weights, dtype)
+        for config in temporary.rglob("config.json"):
+            _forget_origin(config)
         # model_index.json last: without it the folder is no model.
         files = [path for path in temporary.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == "model_index.json"):
             with publish(folder / path.relative_to(temporary)) as whole:
                 shutil.copyfile(path, whole)
+
+
+def _forget_origin(config: Path) -> None:
+    """diffusers notes where it has loaded a part from: a folder of this machine, which is no part of the model."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _rewrite(path: Path, dtype: torch.dtype) -> None:

@@ -31,7 +31,7 @@ class StagedDataset:
 
     pictures: those trained on, in their order; measured: those the held-out loss is measured on; trigger_words: names
     of the folders that are captions; prompts: what to draw if nothing is asked for; regularisation: what to tell of the
-    balance, or "".
+    balance, or ""; class_pictures: how many regularisation pictures there are.
     """
 
     pictures: list[Picture]
@@ -42,6 +42,7 @@ class StagedDataset:
     train_data_dir: Path | None = None
     in_json: Path | None = None
     regularisation: str = ""
+    class_pictures: int = 0
 
 
 def stage_repeats_folders(folder: Path, method: KohyaDreamBoothLora, target: Path) -> StagedDataset:
@@ -56,6 +57,7 @@ def stage_repeats_folders(folder: Path, method: KohyaDreamBoothLora, target: Pat
     captions = [example.caption or "" for example in trained]
     words = list(dict.fromkeys(name for name, caption in zip(names, captions, strict=True) if name == caption != ""))
     subsets, balance = _stage_folders(folder, trained, target / "train"), ""
+    classes: Sequence[Example] = []
     if method.class_data_dir is not None:
         class_folder = Path(method.class_data_dir)
         try:
@@ -75,6 +77,7 @@ def stage_repeats_folders(folder: Path, method: KohyaDreamBoothLora, target: Pat
         prompts=words[:MOST_PROMPTS] or [caption for caption in captions if caption][:1],
         dataset_config=dataset_config,
         regularisation=balance,
+        class_pictures=len(classes),
     )
 
 

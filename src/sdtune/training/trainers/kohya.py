@@ -10,6 +10,7 @@ import torch
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
+from sdtune.training.components.dataset import counted
 from sdtune.training.components.export import write_diffusers_lora
 from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.kohya_metadata import public_name
@@ -38,6 +39,7 @@ def train(method: KohyaFields, run: Run) -> None:
         work = Path(folder)
         dataset = stage(method, run, work / "dataset")
         base = prepare_base(method, work)
+        run.record.sdxl = base.family is Family.SDXL
         method = method.resolved(
             resolution=base.resolution, mixed_precision=run.mixed_precision, prompts=dataset.prompts
         )
@@ -74,11 +76,14 @@ def train(method: KohyaFields, run: Run) -> None:
 
 def stage(method: KohyaFields, run: Run, target: Path) -> StagedDataset:
     """The dataset laid out for sd-scripts, and what is to be told of it."""
-    if not isinstance(method, KohyaDreamBoothLora):
-        return stage_captioned(run.dataset, method, target)
-    dataset = stage_repeats_folders(run.dataset, method, target)
+    if isinstance(method, KohyaDreamBoothLora):
+        dataset = stage_repeats_folders(run.dataset, method, target)
+    else:
+        dataset = stage_captioned(run.dataset, method, target)
     if dataset.regularisation:
         run.tell(events.Note(dataset.regularisation))
+    run.record.data = counted(dataset.pictures, method.held_out_images)
+    run.record.trigger_words, run.record.class_pictures = dataset.trigger_words, dataset.class_pictures
     return dataset
 
 
