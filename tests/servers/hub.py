@@ -46,7 +46,7 @@ class Hub:
         return {"HF_ENDPOINT": self.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer that is none of success."""
 
     def __init__(self, status: int, text: str, **more: str) -> None:
@@ -78,10 +78,10 @@ class _Handler(BaseHTTPRequestHandler):
     knows: Hub
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, *arguments: object) -> None: ...
 
@@ -91,9 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for part, status in self.knows.fail.items():
                 if part in path:
-                    raise Refused(status, "as the test wants it")
+                    raise RefusedError(status, "as the test wants it")
             status, answer = 200, self._route(path, body)
-        except Refused as refused:
+        except RefusedError as refused:
             status, answer = refused.status, {"error": str(refused), **refused.more}
         content = json.dumps(answer).encode()
         self.send_response(status)
@@ -109,38 +109,38 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self._validate(json.loads(body)["content"])
         if token not in (TOKEN, READ_ONLY):
-            raise Refused(401, "Invalid credentials in Authorization header")
+            raise RefusedError(401, "Invalid credentials in Authorization header")
         if path == "/api/whoami-v2":
             return {"name": "alice", "type": "user"}
         if token == READ_ONLY and self.command == "POST":
-            raise Refused(403, "You don't have the rights to create a model under this namespace")
+            raise RefusedError(403, "You don't have the rights to create a model under this namespace")
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(.+))?", path):
             return self._model(found[1], found[2] or "", body, token)
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._batch(json.loads(body))
-        raise Refused(404, f"no such address: {path}")
+        raise RefusedError(404, f"no such address: {path}")
 
     def _create(self, wanted: dict[str, Any]) -> Any:
         name = f"{wanted.get('organization') or 'alice'}/{wanted['name']}"
         if name.partition("/")[0] != "alice":
-            raise Refused(403, "You don't have the rights to create a model under this namespace")
+            raise RefusedError(403, "You don't have the rights to create a model under this namespace")
         if name in self.knows.repositories:
-            raise Refused(409, "You already created this model repo", url=f"{self.knows.address}/{name}")
+            raise RefusedError(409, "You already created this model repo", url=f"{self.knows.address}/{name}")
         self.knows.repositories[name] = Repository(wanted.get("visibility") == "private")
         return {"url": f"{self.knows.address}/{name}"}
 
     def _model(self, name: str, what: str, body: bytes, token: str) -> Any:
         if (repository := self.knows.repositories.get(name)) is None:
-            raise Refused(404, "Repository not found")
+            raise RefusedError(404, "Repository not found")
         if what == "":
             siblings = [{"rfilename": path} for path in repository.files]
             card = repository.files.get("README.md", b"").decode().partition("---\n")[2].partition("\n---\n")[0]
             return {"id": name, "private": repository.private, "siblings": siblings, "cardData": yaml.safe_load(card)}
         if what == "auth-check/write":
             if token == READ_ONLY or not name.startswith("alice/"):
-                raise Refused(403, "Write access is denied")
+                raise RefusedError(403, "Write access is denied")
             return {}
         if what == "preupload/main":
             files = [file["path"] for file in json.loads(body)["files"]]
@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
         if what == "commit/main":
             return self._commit(name, repository, body)
-        raise Refused(404, f"no such address: {what}")
+        raise RefusedError(404, f"no such address: {what}")
 
     def _commit(self, name: str, repository: Repository, body: bytes) -> Any:
         for line in map(json.loads, body.splitlines()):
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _store(self, oid: str, body: bytes) -> Any:
         if hashlib.sha256(body).hexdigest() != oid:
-            raise Refused(400, "these bytes have another hash")
+            raise RefusedError(400, "these bytes have another hash")
         self.knows.lfs[oid] = body
         return {}
 
@@ -181,5 +181,5 @@ class _Handler(BaseHTTPRequestHandler):
         """The Hub takes a base model that is an id, and no path."""
         metadata = yaml.safe_load(content.partition("---\n")[2].partition("\n---\n")[0])
         if "/" not in metadata.get("base_model", "a/b"):
-            raise Refused(400, '"base_model" is not valid')
+            raise RefusedError(400, '"base_model" is not valid')
         return {"errors": [], "warnings": []}
