@@ -14,12 +14,16 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdtune import events
 from sdtune.errors import SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 from sdtune.training.launch import INTERRUPTED, is_first, is_one_of_several, number_of_gpus, run_in_processes
+
+if TYPE_CHECKING:
+    from sdtune.training.hub import HubRepository
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     job, settings = parser.parse_known_args(argv)
     try:
         method = find_method(job.method).from_args(settings)
+        # Before torch is imported: what is missing here is told at once.
+        hub = open_accounts(method, job.output) if is_first() else None
         if method.container == "diffusers" and not is_one_of_several():
             count = job.processes or number_of_gpus()
             if count > 1:
                 return run_in_processes(count, sys.argv[1:] if argv is None else argv)
-        run_training(method, job.dataset, job.output)
+        run_training(method, job.dataset, job.output, hub)
     except SdtuneError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -50,8 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
-    """Train by the method's own trainer; torch is imported here, after the arguments and accounts proved right."""
+def open_accounts(method: CommonFields, output: Path) -> HubRepository | None:
+    """Prove that what is asked for outside of the output will be let in; the repository to upload to, if any."""
+    from sdtune.training.hub import open_repository
+    from sdtune.training.trackers import check_trackers
+
+    check_trackers(method)
+    return open_repository(method, output.name)
+
+
+def run_training(method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None) -> None:
+    """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -59,13 +74,6 @@ def run_training(method: CommonFields, dataset: Path, output: Path) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # What will change in them is for those who write such code.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from sdtune.training.hub import open_repository
-    from sdtune.training.trackers import check_trackers
-
-    hub = None
-    if is_first():
-        check_trackers(method)
-        hub = open_repository(method, output.name)
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")

@@ -16,6 +16,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from sdtune import events
 from sdtune.errors import ProjectError, PublishError, RecipeError
 from sdtune.methods.fields import CommonFields, is_hub_id
+from sdtune.training.launch import is_one_of_several
 
 PLACES = ("base_model", "class_data_dir")
 """Settings that may name a folder of this machine, which is nobody else's business."""
@@ -81,7 +82,8 @@ def open_repository(method: CommonFields, output_name: str) -> HubRepository | N
             f"hub_private: {repo_id} is on the Hub already, for everyone to see; make it private there or choose "
             "another --hub-model-id."
         )
-    if {file.rfilename for file in found.siblings or []} - {".gitattributes"}:
+    # Of several processes the first asks again what the one that starts them has asked.
+    if not is_one_of_several() and {file.rfilename for file in found.siblings or []} - {".gitattributes"}:
         text = f"{repo_id} is on the Hub already; files of the result will replace those of the same name there."
         events.emit(events.Note(text, "warning"))
     return HubRepository(repo_id)
