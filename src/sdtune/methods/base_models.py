@@ -159,10 +159,11 @@ def files_to_load(name: str, files: Iterable[str]) -> list[str]:
 def _sizes(folder: Path) -> dict[str, Any]:
     """resolution and bucket_step: UNet and VAE each halve once for each of their blocks but the first."""
     unet, vae = _config(folder / "unet"), _config(folder / "vae")
-    side, *blocks = unet.get("sample_size"), unet.get("block_out_channels"), vae.get("block_out_channels")
-    if not isinstance(side, int) or not all(isinstance(one, list) and one for one in blocks):
+    side = unet.get("sample_size")
+    of_unet, of_vae = (len(config.get("block_out_channels") or ()) - 1 for config in (unet, vae))
+    if not isinstance(side, int) or of_unet < 0 or of_vae < 0:
         return {}
-    of_unet, of_vae = (2 ** (len(one) - 1) for one in blocks)
+    of_unet, of_vae = 2**of_unet, 2**of_vae
     return {"resolution": side * of_vae, "bucket_step": bucket_step(side * of_vae, of_vae * of_unet)}
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from sdtune.methods.base import Tunable
-from sdtune.methods.fields import DreamBoothFields, FullFields, LoraFields, TextEncoderFields, TrainingFields
+from sdtune.methods.fields import TrainingFields
 from sdtune.methods.ledger import Layout
+from sdtune.methods.method_fields import DreamBoothFields, FullFields, LoraFields, TextEncoderFields
 
 
 class DreamBooth(TextEncoderFields, FullFields, TrainingFields, DreamBoothFields):

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from sdtune.methods.base import Tunable
-from sdtune.methods.fields import DreamBoothFields, LoraFields, TextEncoderFields, TrainingFields
+from sdtune.methods.fields import TrainingFields
 from sdtune.methods.ledger import Layout
+from sdtune.methods.method_fields import DreamBoothFields, LoraFields, TextEncoderFields
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Annotated
 from pydantic import Field
 
 from sdtune.methods.base import Tunable
-from sdtune.methods.fields import CaptionFields, FullFields, LoraFields, TrainingFields
+from sdtune.methods.fields import TrainingFields
 from sdtune.methods.ledger import Layout
+from sdtune.methods.method_fields import CaptionFields, FullFields, LoraFields
 
 
 class TextToImage(FullFields, CaptionFields, TrainingFields):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.methods.fields import DreamBoothFields, TextEncoderFields
+from sdtune.methods.method_fields import DreamBoothFields, TextEncoderFields
 from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.methods.text_to_image import TextToImageLora
 from sdtune.training.components.data import CachedImages

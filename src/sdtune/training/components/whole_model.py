@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBooth
-from sdtune.methods.fields import TextEncoderFields
+from sdtune.methods.method_fields import TextEncoderFields
 from sdtune.methods.text_to_image import TextToImage
 from sdtune.training.components.files import publish
 from sdtune.training.components.lora_names import classic_clip_path
