@@ -129,10 +129,12 @@ def _check_output(read_from: Path, write_to: Path, form: Form, overwrite: bool) 
     else:
         if write_to.exists() and not write_to.is_dir():
             raise RecipeError(f"output: {write_to} is a file; --to {form} writes a folder.")
+        adapters = {write_to / component for component in COMPONENTS} if form is Form.PEFT else set()
         names = (CONFIG_FILE, WEIGHTS_FILE, "README.md")
-        adapters = {write_to / component / name for component in COMPONENTS for name in names}
-        ours = {write_to / DIFFUSERS_FILE} if form is Form.DIFFUSERS else adapters
-        there = {path for path in write_to.rglob("*") if not path.is_dir()} if write_to.exists() else set()
+        ours = {adapter / name for adapter in adapters for name in names} or {write_to / DIFFUSERS_FILE}
+        there = set()
+        for path in write_to.iterdir() if write_to.exists() else ():
+            there |= set(path.iterdir()) if path in adapters and path.is_dir() else {path}
     if others := sorted(there - ours):
         raise RecipeError(
             f"output: {write_to} holds other files, such as {others[0].relative_to(write_to)}; choose a new folder."
