@@ -89,9 +89,10 @@ def save_lora(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
             "the LoRA is zero: nothing was learned, so nothing was saved. "
             f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
         )
-    lora = write_diffusers_lora(weights, run.output)
+    metadata = lora_metadata(parts, method, run, images)
+    lora = write_diffusers_lora(weights, run.output, metadata=metadata)
     kohya_lora = run.output / f"{run.output.name}.safetensors"
-    write_kohya_lora(weights, kohya_lora, parts.family, lora_metadata(parts, method, run, images))
+    write_kohya_lora(weights, kohya_lora, parts.family, metadata)
     run.tell(events.Artifact("lora", str(lora)))
     run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
     if method.save_bin:
@@ -108,7 +109,7 @@ def _network_args(method: LoraMethod) -> str:
 
 
 def lora_metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) -> dict[str, str]:
-    """The header of the file for web UIs."""
+    """What the headers of the files tell of the run."""
     shown = sum(picture.repeats for picture in images.pictures)
     pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps
     return kohya_metadata(

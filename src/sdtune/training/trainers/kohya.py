@@ -13,7 +13,7 @@ from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
 from sdtune.training.components.dataset import counted
 from sdtune.training.components.export import write_diffusers_lora
 from sdtune.training.components.import_lora import read_lora
-from sdtune.training.components.kohya_metadata import public_name
+from sdtune.training.components.kohya_metadata import HASHES, public_name
 from sdtune.training.components.lora_weights import Family, lora_change
 from sdtune.training.kohya.args import Places, kohya_args
 from sdtune.training.kohya.base import prepare_base
@@ -103,9 +103,12 @@ def save(method: KohyaFields, run: Run, places: Places) -> float:
             "the LoRA is zero: nothing was learned, so nothing was saved. "
             f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
         )
-    lora = write_diffusers_lora(weights, run.output)
+    metadata = public_metadata(read_metadata(made), method)
     kohya_lora = run.output / made.name
-    copy_with_metadata(made, kohya_lora, public_metadata(read_metadata(made), method))
+    copy_with_metadata(made, kohya_lora, metadata)
+    # The hashes are of kohya's file.
+    told = {key: value for key, value in metadata.items() if key not in HASHES}
+    lora = write_diffusers_lora(weights, run.output, metadata=told)
     run.tell(events.Artifact("lora", str(lora)))
     run.tell(events.Artifact("kohya_lora", str(kohya_lora)))
     return change
