@@ -152,7 +152,11 @@ def test_both_files_draw_the_same_picture(learned: list[Learned], form: str) -> 
 
 
 PROMPT = ("--instance-prompt", "a photo of sks cat")
-WIDE = [word for name in ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj") for word in ("--target-modules", name)]
+WIDE = [
+    word
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    for word in ("--target-modules", name)
+]
 OTHERS: dict[str, tuple[str, ...]] = {
     "dreambooth": (*PROMPT, "--learning-rate", "2e-4"),
     "text-to-image": ("--learning-rate", "2e-4", "--proportion-empty-prompts", "0.1"),
