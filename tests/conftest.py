@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.servers.storage import StorageServer
+
+# Of every process that a test starts: a second thread gains little on models this small, and where a core is busy
+# OpenMP's threads wait for each other by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 BASE_MODEL = ROOT / "examples" / "base-model"

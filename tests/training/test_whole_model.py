@@ -61,6 +61,19 @@ def test_the_single_file_is_the_same_model(settings: dict[str, Any], parts: Part
         torch.testing.assert_close(read["unet"].state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("float", torch.float32), ("bf16", torch.bfloat16)])
+def test_files_have_the_type_that_was_asked_for(
+    settings: dict[str, Any], parts: Parts, run: Run, precision: str, dtype: torch.dtype
+) -> None:
+    weights = WholeModel(parts, whole(settings, save_precision=precision), ["unet"])
+    move(parts, 1e-2)
+    weights.save(run)
+    for name in (f"{run.output.name}.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        with safe_open(run.output / name, "pt") as file:
+            found = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+        assert found - {torch.int64} == {dtype}, name
+
+
 def test_nothing_learned_is_nothing_saved(settings: dict[str, Any], parts: Parts, run: Run) -> None:
     with pytest.raises(TrainingError, match="the model is what it was: nothing was learned"):
         WholeModel(parts, whole(settings), ["unet"]).save(run)

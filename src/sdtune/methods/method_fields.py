@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -58,6 +58,9 @@ class CaptionFields(Method):
 class FullFields(Method):
     """Train all weights of the UNet."""
 
+    save_precision: Annotated[
+        Literal["float", "fp16", "bf16"], Field(description="Type of the numbers in the model's files.")
+    ] = "fp16"
     use_ema: Annotated[
         bool, Field(description="Keep and save a moving average of the weights: smoother, for longer runs.")
     ] = False

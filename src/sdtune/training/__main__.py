@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         method = find_method(job.method).from_args(settings)
         # Before torch is imported: what is missing here is told at once.
         hub = open_accounts(method, job.output) if is_first() else None
-        if method.container == "diffusers" and not is_one_of_several():
-            count = job.processes or number_of_gpus()
-            if count > 1:
-                return run_in_processes(count, sys.argv[1:] if argv is None else argv)
-        run_training(method, job.dataset, job.output, hub)
+        processes = job.processes or number_of_gpus()
+        # kohya's trainer starts them itself, in another Python.
+        if processes > 1 and method.container == "diffusers" and not is_one_of_several():
+            return run_in_processes(processes, sys.argv[1:] if argv is None else argv)
+        run_training(method, job.dataset, job.output, hub, processes)
     except SdtuneError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -65,7 +65,9 @@ def open_accounts(method: CommonFields, output: Path) -> HubRepository | None:
     return open_repository(method, output.name)
 
 
-def run_training(method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None) -> None:
+def run_training(
+    method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None, processes: int = 1
+) -> None:
     """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -77,7 +79,7 @@ def run_training(method: CommonFields, dataset: Path, output: Path, hub: HubRepo
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
-    with Run.open(method, dataset, output, hub) as run:
+    with Run.open(method, dataset, output, hub, processes) as run:
         trainer.train(method, run)
 
 

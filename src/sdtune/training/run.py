@@ -39,19 +39,25 @@ MOST_WAITING = timedelta(hours=2)
 
 @dataclass
 class Run:
-    """One training run: where it reads and writes, what it computes on, how it tells."""
+    """One training run: where it reads and writes, what it computes on, how it tells.
+
+    processes: so many train together, one for each GPU.
+    """
 
     dataset: Path
     output: Path
     accelerator: Any
     trackers: Trackers
     hub: HubRepository | None = None
+    processes: int = 1
     started: float = field(default_factory=time.time)
     record: Record = field(default_factory=Record)
 
     @classmethod
     @contextmanager
-    def open(cls, method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None) -> Iterator[Run]:
+    def open(
+        cls, method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None, processes: int = 1
+    ) -> Iterator[Run]:
         """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced.
 
         hub: where the result is uploaded to.
@@ -76,7 +82,7 @@ class Run:
                     raise TrainingError(
                         f"output: {output} cannot be written ({error}); choose another --output."
                     ) from None
-            yield cls(dataset, output, accelerator, trackers, hub)
+            yield cls(dataset, output, accelerator, trackers, hub, processes)
             # Not after an error: the others may hang in an exchange that will not come.
             accelerator.end_training()
 

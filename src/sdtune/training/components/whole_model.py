@@ -29,6 +29,8 @@ FINGERPRINT = 256
 """Entries of each weight that are remembered, to see afterwards that something was learned."""
 
 
+DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 WholeMethod: TypeAlias = DreamBooth | TextToImage
 
 
@@ -58,7 +60,7 @@ class WholeModel:
             average.step(model.parameters())
 
     def save(self, run: Run) -> float:
-        """Write the model in half precision as a diffusers folder and as one file; the largest change of a weight.
+        """Write the model as a diffusers folder and as one file; the largest change of a weight.
 
         The moving average, if there is one, takes the weights' place and is what is saved and drawn with.
         """
@@ -71,10 +73,11 @@ class WholeModel:
                 "the model is what it was: nothing was learned, so nothing was saved. Train longer than "
                 f"{self._method.max_train_steps} steps or raise --learning-rate {self._method.learning_rate}."
             )
-        save_pipeline(self._parts, run.output)
+        dtype = DTYPES[self._method.save_precision]
+        save_pipeline(self._parts, run.output, dtype)
         single_file = write_single_file(
             self._parts.by_name, run.output / f"{run.output.name}.safetensors", self._parts.family,
-            metadata={"modelspec.title": run.output.name},
+            dtype=dtype, metadata={"modelspec.title": run.output.name},
         )  # fmt: skip
         run.tell(events.Artifact("model", str(run.output)))
         run.tell(events.Artifact("single_file", str(single_file)))
@@ -85,7 +88,7 @@ class WholeModel:
         return torch.cat(weights).float().cpu()
 
 
-def save_pipeline(parts: Parts, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+def save_pipeline(parts: Parts, folder: Path, dtype: torch.dtype) -> None:
     """Write the parts as a folder that diffusers' ``from_pretrained`` opens, of any version; each file whole."""
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)

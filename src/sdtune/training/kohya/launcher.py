@@ -20,7 +20,7 @@ from typing import Any
 
 from sdtune.errors import SdtuneError, TrainingError
 from sdtune.events import Failed, Phase, Step, emit
-from sdtune.training.kohya.measure import HeldOutLoss, Scene
+from sdtune.training.kohya.measure import HeldOutLoss, Scene, is_first, tell
 
 SCRIPTS = {"sd": ("train_network", "NetworkTrainer"), "sdxl": ("sdxl_train_network", "SdxlNetworkTrainer")}
 INTERRUPTED = 130
@@ -97,11 +97,11 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
                 super().assert_extra_args(args, train_dataset_group, val_dataset_group)
 
         def load_target_model(self, args: Any, weight_dtype: Any, accelerator: Any) -> Any:
-            emit(Phase("load", "Loading the base model"))
+            tell(Phase("load", "Loading the base model"))
             self.weight_dtype = weight_dtype
             loaded = super().load_target_model(args, weight_dtype, accelerator)
             if args.cache_latents:
-                emit(Phase("cache", "Encoding the pictures"))
+                tell(Phase("cache", "Encoding the pictures"))
             return loaded
 
         def post_process_network(
@@ -119,7 +119,7 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
                 self._draw_if_due(global_step)
                 self.held_out = HeldOutLoss(setup.held_out, setup.captions, self, self.scene)
                 self.held_out.measure(step=0)
-                emit(Phase("train", f"Training {args.max_train_steps} steps"))
+                tell(Phase("train", f"Training {args.max_train_steps} steps"))
                 self.reporter.start()
 
         def _draw_if_due(self, global_step: int) -> None:
@@ -129,7 +129,7 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
             self.due = False
             args = self.scene.args
             when = f"after step {global_step}" if global_step else "before training"
-            emit(Phase("sample", f"Drawing samples {when}"))
+            tell(Phase("sample", f"Drawing samples {when}"))
             started, training, every = time.perf_counter(), self.network.training, args.sample_every_n_steps
             args.sample_every_n_steps = global_step or every
             self.network.eval()
@@ -138,7 +138,7 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
             args.sample_every_n_steps = every
             self.reporter.pause(time.perf_counter() - started)
             if 0 < global_step < args.max_train_steps:
-                emit(Phase("train", f"Training on, to step {args.max_train_steps}"))
+                tell(Phase("train", f"Training on, to step {args.max_train_steps}"))
 
         def _draw(
             self, global_step: int, accelerator: Any, args: Any, device: Any, vae: Any, tokenizers: Any, *models: Any
@@ -235,7 +235,7 @@ class Reporter:
 
     def _report(self, step: int, average: float, learning_rate: float, now: float) -> None:
         last = self.losses[self._reported :]
-        emit(
+        tell(
             Step(
                 step=step,
                 steps=self.steps,
@@ -247,8 +247,9 @@ class Reporter:
         )
         last_tenth = self.losses[-max(1, self.steps // 10) :]
         told = {"avr_loss": round(average, 6), "step": step, "last_tenth": round(sum(last_tenth) / len(last_tenth), 6)}
-        sys.stdout.write(json.dumps(told) + "\n")
-        sys.stdout.flush()
+        if is_first():
+            sys.stdout.write(json.dumps(told) + "\n")
+            sys.stdout.flush()
         self._reported, self.last_report = step, now
 
 

@@ -6,6 +6,7 @@ nothing of sdtune but events: sd-scripts' Python runs this.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,9 +15,20 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from sdtune.events import Measure, emit
+from sdtune.events import Event, Measure, emit
 
 AT_ONCE = 8
+
+
+def is_first() -> bool:
+    """Of several processes that train together one speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(event: Event) -> None:
+    """Say it once, however many processes train together."""
+    if is_first():
+        emit(event)
 
 
 class Scene(NamedTuple):
@@ -55,7 +67,7 @@ class HeldOutLoss:
         with self._evaluating(), self._scene.accelerator.autocast():
             draws = torch.split(torch.arange(len(self._noise)), AT_ONCE)
             found = torch.cat([self._errors(scheduler, rows) for rows in draws])
-        emit(Measure("held_out_loss", step, round(found.mean().item(), 6)))
+        tell(Measure("held_out_loss", step, round(found.mean().item(), 6)))
 
     def _errors(self, scheduler: Any, rows: torch.Tensor) -> torch.Tensor:
         """The mean squared error of each of these draws, float32 [rows]."""

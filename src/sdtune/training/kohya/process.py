@@ -73,17 +73,19 @@ def run_sd_scripts(
     work: Path,
     *,
     sdxl: bool,
+    processes: int,
     on_event: Callable[[events.Event], None],
     on_averages: Callable[[Averages], None],
 ) -> Averages:
     """Train and return what the losses were at the end. Lines that are no events go to standard output.
 
+    processes: one for each GPU; accelerate, which sd-scripts is built on, finds the others by torch's launcher.
     TrainingError: it did not end with 0, or made no step. An interrupt stops it first.
     """
     beside = work / "setup.json"
     beside.write_text(json.dumps(asdict(setup)), encoding="utf-8")
     process = subprocess.Popen(
-        [scripts.python, "-m", LAUNCHER, "sdxl" if sdxl else "sd", str(beside), *args],
+        [*_python(scripts, processes), "-m", LAUNCHER, "sdxl" if sdxl else "sd", str(beside), *args],
         cwd=scripts.folder,
         env=_environment(work),
         stdin=subprocess.DEVNULL,
@@ -126,6 +128,12 @@ def run_sd_scripts(
     if averages is None:
         raise TrainingError(f"sd-scripts ended without a single step.{_quoted(list(last_lines))}")
     return averages
+
+
+def _python(scripts: SdScripts, processes: int) -> list[str]:
+    """What runs a module of sd-scripts' Python, so many times."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [scripts.python, *(several if processes > 1 else [])]
 
 
 def _pass_on(lines: Iterable[str], last_lines: deque[str]) -> None:

@@ -43,8 +43,6 @@ def train(method: KohyaFields, run: Run) -> None:
         method = method.resolved(
             resolution=base.resolution, mixed_precision=run.mixed_precision, prompts=dataset.prompts
         )
-        if (count := torch.cuda.device_count()) > 1:
-            run.tell(events.Note(f"This machine has {count} GPUs; {method.name} trains on one of them.", "warning"))
         samples = KohyaSamples(method, run, output_dir=work / "output")
         prompts = samples.write_prompts(work / "prompts.json")
         held_out = work / "held_out.safetensors"
@@ -65,7 +63,7 @@ def train(method: KohyaFields, run: Run) -> None:
 
         averages = run_sd_scripts(
             scripts, kohya_args(method, base, dataset, places), setup, work,
-            sdxl=base.family is Family.SDXL,
+            sdxl=base.family is Family.SDXL, processes=run.processes,
             on_event=on_event, on_averages=on_averages,
         )  # fmt: skip
         change = save(method, run, places)
