@@ -46,7 +46,11 @@ def test_a_stopped_run_says_so_and_leaves_no_process(
     number: signal.Signals, pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     words = command(pictures(), tmp_path / "out", "--max-train-steps", "100000")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if "  step " in line:
