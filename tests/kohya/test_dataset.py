@@ -121,6 +121,7 @@ def test_pictures_kept_apart_are_measured_and_not_trained_on(tmp_path: Path) -> 
     assert captioned.in_json is not None
     trained = json.loads(captioned.in_json.read_text(encoding="utf-8"))
     assert [entry["caption"] for entry in trained.values()] == ["picture 1", "picture 2", "picture 3"]
+    assert captioned.prompts == ["picture 1", "picture 2"]
     assert [one.caption for one in captioned.measured] == ["picture 0"]
     everything = stage_captioned(data, KohyaNativeLora(), tmp_path / "all")
     assert everything.measured == everything.pictures

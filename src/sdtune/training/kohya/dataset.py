@@ -19,7 +19,7 @@ from sdtune.methods.images import open_image
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
 from sdtune.methods.layouts import KOHYA_SUFFIXES, check
 from sdtune.methods.ledger import Example, Layout, Ledger
-from sdtune.training.components.dataset import Picture, keep_apart
+from sdtune.training.components.dataset import Picture, first_captions, keep_apart
 
 METADATA = "metadata.json"
 MOST_PROMPTS = 4
@@ -97,9 +97,11 @@ def stage_captioned(folder: Path, method: KohyaFields, target: Path) -> StagedDa
     }
     in_json = target / METADATA
     in_json.write_text(json.dumps(metadata, ensure_ascii=False, indent=1), encoding="utf-8")
+    pictures = _pictures(folder, trained)
     return StagedDataset(
-        pictures=_pictures(folder, trained),
+        pictures=pictures,
         measured=_pictures(folder, apart or trained),
+        prompts=first_captions(pictures),
         train_data_dir=images,
         in_json=in_json,
     )
