@@ -21,7 +21,7 @@ from PIL import Image
 
 from sdtune import __version__, events
 from sdtune.errors import TrainingError
-from sdtune.methods.base import MARK, RECIPE_FILE
+from sdtune.methods.base import RECIPE_FILE
 from sdtune.methods.fields import CommonFields
 from sdtune.training import interrupts
 from sdtune.training.components.base_facts import base_facts
@@ -29,6 +29,7 @@ from sdtune.training.components.files import publish
 from sdtune.training.components.model_card import CARD_FILE, CardFacts, Record, model_card
 from sdtune.training.components.processes import Share
 from sdtune.training.hub import HubRepository, published_names
+from sdtune.training.results import files_in_mark, files_of, remove_result, write_mark
 from sdtune.training.trackers import Trackers, open_trackers
 
 LOGS = "logs"
@@ -41,7 +42,7 @@ MOST_WAITING = timedelta(hours=2)
 class Run:
     """One training run: where it reads and writes, what it computes on, how it tells.
 
-    processes: so many train together, one for each GPU.
+    processes: so many train together, one for each GPU. not_ours: files that lay in ``output`` before the result.
     """
 
     dataset: Path
@@ -52,6 +53,7 @@ class Run:
     processes: int = 1
     started: float = field(default_factory=time.time)
     record: Record = field(default_factory=Record)
+    not_ours: set[Path] | None = None
 
     @classmethod
     @contextmanager
@@ -142,6 +144,13 @@ class Run:
                 self.trackers.picture(f"samples/{number}-{sample}", prompt, picture, step)
                 self.record.samples.setdefault(step, {}).setdefault(prompt, []).append(name)
 
+    def begin_saving(self, what: str) -> None:
+        """Say what is saved now; the result of an earlier run in this folder makes room for it, file by file."""
+        self.tell(events.Phase("save", f"Saving {what}"))
+        if self.not_ours is None:
+            remove_result(self.output)
+            self.not_ours = {path for path in self.output.rglob("*") if path.is_file()}
+
     def save_picture(self, kind: str, name: str, picture: Image.Image) -> None:
         """Write one picture of the result."""
         with publish(self.output / name) as temporary:
@@ -153,6 +162,8 @@ class Run:
         upload them with the result if asked, and say so."""
         self.tell(events.Artifact("tensorboard", str(self.output / LOGS)))
         self._save_card(method, loss)
+        result = files_of(self.output, self.record.files)
+        write_mark(self.output, [name for name in result if self.output / name not in (self.not_ours or ())])
         self._save_recipe(method)
         if self.hub:
             names = published_names(self.output, self.record.files, method.recipe())
@@ -204,7 +215,7 @@ def _make_ready(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     # Until this run has ended, the folder holds no finished one.
     (output / RECIPE_FILE).unlink(missing_ok=True)
-    (output / MARK).write_text(f"The output of a run of sdtune {__version__}.\n", encoding="utf-8")
+    write_mark(output, files_in_mark(output))
     _remove_what_was_drawn(output)
 
 

@@ -119,8 +119,8 @@ class Adapters:
     def save(self, images: CachedImages) -> float:
         """Write the adapters as PEFT does, and for web UIs and diffusers where these know the kind; the change."""
         run = self._run
-        run.tell(events.Phase("save", "Saving the adapter"))
         change = self.change()
+        run.begin_saving("the adapter")
         for part, wrapped in self._wrapped.items():
             _save_as_peft(wrapped, run.output / part)
             run.tell(events.Artifact("peft", str(run.output / part)))

@@ -81,7 +81,6 @@ def save_lora(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
 
     TrainingError if the file would change nothing: a run that learned nothing has not succeeded.
     """
-    run.tell(events.Phase("save", "Saving the LoRA"))
     trained = [encoder for encoder in parts.text_encoders if getattr(encoder, "peft_config", None)]
     weights = collect_lora(parts.unet, *trained)
     if lora_change(weights) < SMALLEST_CHANGE:
@@ -89,6 +88,7 @@ def save_lora(parts: Parts, method: LoraMethod, run: Run, images: CachedImages) 
             "the LoRA is zero: nothing was learned, so nothing was saved. "
             f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
         )
+    run.begin_saving("the LoRA")
     metadata = lora_metadata(parts, method, run, images)
     lora = write_diffusers_lora(weights, run.output, metadata=metadata)
     kohya_lora = run.output / f"{run.output.name}.safetensors"

@@ -64,7 +64,6 @@ class WholeModel:
 
         The moving average, if there is one, takes the weights' place and is what is saved and drawn with.
         """
-        run.tell(events.Phase("save", "Saving the model"))
         for model, average in zip(self._trained, self._averages, strict=False):
             average.copy_to(model.parameters())
         change = (self._fingerprint() - self._before).abs().max().item()
@@ -73,6 +72,7 @@ class WholeModel:
                 "the model is what it was: nothing was learned, so nothing was saved. Train longer than "
                 f"{self._method.max_train_steps} steps or raise --learning-rate {self._method.learning_rate}."
             )
+        run.begin_saving("the model")
         dtype = DTYPES[self._method.save_precision]
         save_pipeline(self._parts, run.output, dtype)
         single_file = write_single_file(

@@ -90,7 +90,6 @@ def save(method: KohyaFields, run: Run, places: Places) -> float:
 
     TrainingError if there is none, or if it would change nothing: sd-scripts ends with 0 also when it trained nothing.
     """
-    run.tell(events.Phase("save", "Saving the LoRA"))
     made = places.output_dir / f"{places.output_name}.safetensors"
     if not made.is_file():
         raise TrainingError("sd-scripts ended with success but left no LoRA; the log above may say why.")
@@ -101,6 +100,7 @@ def save(method: KohyaFields, run: Run, places: Places) -> float:
             "the LoRA is zero: nothing was learned, so nothing was saved. "
             f"Train longer than {method.max_train_steps} steps or raise --learning-rate {method.learning_rate}."
         )
+    run.begin_saving("the LoRA")
     metadata = public_metadata(read_metadata(made), method)
     kohya_lora = run.output / made.name
     copy_with_metadata(made, kohya_lora, metadata)

@@ -1,0 +1,77 @@
+"""A run that takes the place of another leaves nothing of it, and everything that is not of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdtune.errors import TrainingError
+from sdtune.methods.base import MARK
+from sdtune.methods.catalog import METHODS
+from sdtune.training.__main__ import run_training
+from sdtune.training.results import remove_result, write_mark
+
+
+def names(output: Path) -> set[str]:
+    """Less the curves, whose names have the time in them."""
+    found = (path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+    return {name for name in found if not name.startswith("logs/")}
+
+
+def train(method: str, settings: dict[str, Any], dataset: Path, output: Path, **more: Any) -> set[str]:
+    wanted = {"max_train_steps": 1, **{key: value for key, value in settings.items() if key not in ("rank", *more)}}
+    run_training(METHODS[method].from_settings({**wanted, **more}), dataset, output)
+    return names(output)
+
+
+def test_nothing_of_the_earlier_result_is_left(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset, output = pictures(), tmp_path / "out"
+    lora = train("dreambooth-lora", settings, dataset, output, save_bin=True)
+    assert {"pytorch_lora_weights.bin", "out.safetensors", "contact_sheet.png"} <= lora
+    (output / "unet").mkdir()
+    (output / "unet" / "notes.txt").write_text("mine")
+    (output / "mine.safetensors").write_text("mine")
+
+    oft = train("peft-dreambooth-lora", settings, dataset, output, adapter="oft", rank=8, num_samples=0)
+    adapter = {"unet/adapter_config.json", "unet/adapter_model.safetensors"}
+    mine = {"unet/notes.txt", "mine.safetensors"}
+    assert oft == {MARK, "README.md", "recipe.yaml", *adapter, *mine}
+
+    whole = train("dreambooth", settings, dataset, output, num_samples=0, max_train_steps=2)
+    assert {"model_index.json", "unet/config.json", "out.safetensors", *mine} <= whole
+    # transformers would put an adapter that lies beside a text encoder on it, unasked.
+    assert not {name for name in whole if "adapter" in name}
+
+    again = train("peft-dreambooth-lora", settings, dataset, output, adapter="oft", rank=8, num_samples=0)
+    assert again == oft
+    assert yaml.safe_load((output / "recipe.yaml").read_text())["method"] == "peft-dreambooth-lora"
+
+
+def test_a_run_that_fails_leaves_the_earlier_result(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset, output = pictures(), tmp_path / "out"
+    train("dreambooth-lora", settings, dataset, output)
+    kept = (output / "out.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="nothing was learned"):
+        train("dreambooth-lora", settings, dataset, output, learning_rate=1e-30)
+    assert (output / "out.safetensors").read_bytes() == kept
+    # It is no finished run any more, but what lies there is still known to be ours.
+    assert not (output / "recipe.yaml").exists()
+    after = train("dreambooth-lora", settings, dataset, output, num_samples=0)
+    assert "contact_sheet.png" not in after
+
+
+def test_a_mark_does_not_reach_out_of_its_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    write_mark(output, ["../mine.txt"])
+    remove_result(output)
+    assert (tmp_path / "mine.txt").exists()
