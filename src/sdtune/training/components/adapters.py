@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import cast_training_params
 from peft import BOFTConfig, HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file
 
@@ -23,10 +22,9 @@ from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.training.components.data import CachedImages
 from sdtune.training.components.files import publish
 from sdtune.training.components.kohya_metadata import public_name
-from sdtune.training.components.lora import CONVOLUTIONS, TEXT_ENCODER_MODULES, lora_metadata, save_lora
+from sdtune.training.components.lora import TEXT_ENCODER_MODULES, lora_metadata, save_lora, trainable, unet_targets
 from sdtune.training.components.lycoris import write_lycoris
 from sdtune.training.components.models import Parts
-from sdtune.training.components.optim import Group
 from sdtune.training.components.peft_folder import WEIGHTS_FILE
 from sdtune.training.run import Run
 
@@ -53,8 +51,9 @@ class Adapters:
     def __init__(self, parts: Parts, method: PeftDreamBoothLora, run: Run) -> None:
         self._parts, self._method, self._run = parts, method, run
         unet = Size(method.rank, method.lora_alpha, method.lora_dropout, method.bias)
-        self._wrapped = {"unet": self._attach(parts.unet, unet, method.target_modules, method.conv_rank)}
-        self.groups = [_group(self._wrapped["unet"], method.learning_rate)]
+        targets, patterns = unet_targets(method)
+        self._wrapped = {"unet": self._attach(parts.unet, unet, targets, **patterns)}
+        self.groups = [trainable(self._wrapped["unet"], method.learning_rate)]
         if method.train_text_encoder:
             size = Size(
                 rank=method.text_encoder_rank or method.rank,
@@ -64,23 +63,15 @@ class Adapters:
             )
             for name, encoder in zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False):
                 self._wrapped[name] = self._attach(encoder, size, TEXT_ENCODER_MODULES)
-                self.groups.append(_group(self._wrapped[name], method.text_encoder_lr or method.learning_rate))
+                self.groups.append(trainable(self._wrapped[name], method.text_encoder_lr or method.learning_rate))
         if not self._has_kohya_keys:
             what = "trained biases" if method.adapter in KOHYA_KINDS else method.adapter
             run.tell(events.Note(f"No file for web UIs will be written: they know nothing like {what}.", "warning"))
         self._before = [parameter.detach().cpu().clone() for parameter in self._parameters()]
 
-    def _attach(self, model: Any, size: Size, targets: Sequence[str], conv_rank: int | None = None) -> Any:
+    def _attach(self, model: Any, size: Size, targets: Sequence[str], **patterns: Any) -> Any:
         method = self._method
-        convolutions: dict[str, Any] = {}
-        if conv_rank is not None:
-            alpha = float(conv_rank) if method.conv_alpha is None else method.conv_alpha
-            convolutions = {
-                "rank_pattern": dict.fromkeys(CONVOLUTIONS, conv_rank),
-                "alpha_pattern": dict.fromkeys(CONVOLUTIONS, alpha),
-            }
-            targets = [*targets, *CONVOLUTIONS]
-        config = adapter_config(method.adapter, size, use_dora=method.use_dora, **convolutions)
+        config = adapter_config(method.adapter, size, use_dora=method.use_dora, **patterns)
         config.target_modules = set(targets)
         try:
             wrapped = get_peft_model(model, config)
@@ -147,20 +138,20 @@ def _save_as_peft(wrapped: Any, folder: Path) -> None:
         raise TrainingError(f"{folder / WEIGHTS_FILE} does not hold what was written to it.")
 
 
-def adapter_config(kind: str, size: Size, *, use_dora: bool = False, **convolutions: Any) -> Any:
-    """PEFT's configuration of one model's adapters; convolutions: its rank_pattern and alpha_pattern."""
+def adapter_config(kind: str, size: Size, *, use_dora: bool = False, **patterns: Any) -> Any:
+    """PEFT's configuration of one model's adapters; patterns: rank_pattern and alpha_pattern."""
     alpha = size.rank if size.alpha is None else size.alpha
     # PEFT calls it lora_only, oft_only and so on.
     bias = f"{kind}_only" if size.bias == "adapter_only" else size.bias
     match kind:
         case "lora":
             return LoraConfig(
-                r=size.rank, lora_alpha=alpha, lora_dropout=size.dropout, bias=bias, use_dora=use_dora, **convolutions
+                r=size.rank, lora_alpha=alpha, lora_dropout=size.dropout, bias=bias, use_dora=use_dora, **patterns
             )
         case "loha":
-            return LoHaConfig(r=size.rank, alpha=alpha, rank_dropout=size.dropout, **convolutions)
+            return LoHaConfig(r=size.rank, alpha=alpha, rank_dropout=size.dropout, **patterns)
         case "lokr":
-            return LoKrConfig(r=size.rank, alpha=alpha, rank_dropout=size.dropout, **convolutions)
+            return LoKrConfig(r=size.rank, alpha=alpha, rank_dropout=size.dropout, **patterns)
         case "oft":
             return OFTConfig(r=0, oft_block_size=size.rank, module_dropout=size.dropout, bias=bias)
         case "boft":
@@ -169,8 +160,3 @@ def adapter_config(kind: str, size: Size, *, use_dora: bool = False, **convoluti
             return HRAConfig(r=size.rank, bias=bias)
         case _:
             raise ValueError(kind)
-
-
-def _group(model: Any, learning_rate: float) -> Group:
-    cast_training_params(model, dtype=torch.float32)
-    return {"params": [one for one in model.parameters() if one.requires_grad], "lr": learning_rate}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.methods.method_fields import DreamBoothFields, TextEncoderFields
+from sdtune.methods.method_fields import DreamBoothFields, LoraFields, TextEncoderFields
 from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.methods.text_to_image import TextToImageLora
 from sdtune.training.components.data import CachedImages
@@ -47,14 +47,7 @@ def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
         "use_dora": method.use_dora,
         "init_lora_weights": "gaussian",
     }
-    targets, patterns = list(method.target_modules), {}
-    if method.conv_rank is not None:
-        targets += CONVOLUTIONS
-        conv_alpha = float(method.conv_rank) if method.conv_alpha is None else method.conv_alpha
-        patterns = {
-            "rank_pattern": dict.fromkeys(CONVOLUTIONS, method.conv_rank),
-            "alpha_pattern": dict.fromkeys(CONVOLUTIONS, conv_alpha),
-        }
+    targets, patterns = unet_targets(method)
     try:
         parts.unet.add_adapter(LoraConfig(**options, **patterns, target_modules=targets))
     except ValueError as error:
@@ -62,15 +55,28 @@ def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
             f"target_modules: {', '.join(method.target_modules)} match no layer of the UNet that can have a LoRA; "
             f"to_q, to_k, to_v and to_out.0 are its attention. PEFT said: {error}"
         ) from None
-    groups = [_group(parts.unet, method.learning_rate)]
+    groups = [trainable(parts.unet, method.learning_rate)]
     if isinstance(method, TextEncoderFields) and method.train_text_encoder:
         for encoder in parts.text_encoders:
             encoder.add_adapter(LoraConfig(**options, target_modules=list(TEXT_ENCODER_MODULES)))
-            groups.append(_group(encoder, method.text_encoder_lr or method.learning_rate))
+            groups.append(trainable(encoder, method.text_encoder_lr or method.learning_rate))
     return groups
 
 
-def _group(model: Any, learning_rate: float) -> Group:
+def unet_targets(method: LoraFields) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """Layers of the UNet that get an adapter, and PEFT's patterns for those that have another rank and alpha."""
+    if method.conv_rank is None:
+        return list(method.target_modules), {}
+    alpha = float(method.conv_rank) if method.conv_alpha is None else method.conv_alpha
+    patterns: dict[str, dict[str, float]] = {
+        "rank_pattern": dict.fromkeys(CONVOLUTIONS, method.conv_rank),
+        "alpha_pattern": dict.fromkeys(CONVOLUTIONS, alpha),
+    }
+    return [*method.target_modules, *CONVOLUTIONS], patterns
+
+
+def trainable(model: Any, learning_rate: float) -> Group:
+    """What is trained of ``model``, in float32, as a group for the optimizer."""
     # Adapters are created in the type of the layer they sit on; updates smaller than bfloat16 resolves would be lost.
     cast_training_params(model, dtype=torch.float32)
     return {"params": [one for one in model.parameters() if one.requires_grad], "lr": learning_rate}
