@@ -122,6 +122,7 @@ def test_the_source_is_never_replaced(convert: Command, file: Path, tmp_path: Pa
         (["{tmp}/none", "{tmp}/a", "--to", "peft"], "none does not exist; give a .safetensors file or a folder"),
         (["{tmp}/fox.safetensors", "{tmp}", "--to", "kohya"], "--to kohya writes one file: give a name that ends in"),
         (["{tmp}/fox.safetensors", "{tmp}/a.ckpt", "--to", "kohya"], "give a name that ends in .safetensors"),
+        (["{tmp}/fox.safetensors", "{tmp}/b.safetensors", "--to", "peft"], "but --to peft writes a folder"),
         (["{tmp}/fox.safetensors", "{tmp}/notes.txt", "--to", "peft"], "is a file; --to peft writes a folder"),
         (["{tmp}/fox.safetensors", "{tmp}/notes.txt/a", "--to", "peft"], "notes.txt/a cannot be written: Not a dir"),
         (["{tmp}/notes.txt", "{tmp}/a", "--to", "peft"], "not a safetensors file"),

@@ -69,6 +69,31 @@ def test_every_mistake_is_told_at_once(settings: dict[str, Any], tmp_path: Path)
         assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("bound", "words"),
+    [
+        ({"min_bucket_reso": 512}, "min_bucket_reso: found 512, but pictures are trained at 128; the shortest side"),
+        ({"max_bucket_reso": 64}, "max_bucket_reso: found 64, but pictures are trained at 128; the longest"),
+    ],
+)
+def test_bounds_of_buckets_are_held_against_the_base_models_resolution(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, bound: dict[str, int], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        plan_train(DreamBoothLora, settings | bound, str(pictures()), str(tmp_path / "out"), LocalBackend())
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_no_base_model_is_one_mistake(
+    pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, nothing: str | None
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan_train(
+            DreamBoothLora, settings | {"base_model": nothing}, str(pictures()), str(tmp_path / "out"), LocalBackend()
+        )
+    assert str(caught.value).count("base_model") == 1
+
+
 def test_a_bad_dataset_stops_before_the_start(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     shown = []

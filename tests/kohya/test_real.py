@@ -134,10 +134,10 @@ def test_twenty_steps(name: str, lay_out: Any, beginnings: set[str], base_model:
         assert max(high - low for low, high in drawn.getextrema()) > 50
     assert (output / "contact_sheet.png").is_file()
     recipe = yaml.safe_load((output / "recipe.yaml").read_text(encoding="utf-8"))
-    assert METHODS[recipe.pop("method")].from_settings(recipe).settings() == recipe
+    assert METHODS[recipe.pop("method")].from_settings(recipe).recipe() == recipe
     assert {path.name for path in output.iterdir()} == {
         "my cat.safetensors", "pytorch_lora_weights.safetensors", "samples", "contact_sheet.png", "recipe.yaml", "logs",
-        ".sdtune",
+        "README.md", ".sdtune",
     }  # fmt: skip
 
 

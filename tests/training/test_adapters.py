@@ -15,7 +15,7 @@ from peft import PeftModel
 from PIL import Image
 
 from sdtune import events
-from sdtune.errors import RecipeError
+from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.peft import ADAPTERS, PeftDreamBoothLora
 from sdtune.training.__main__ import run_training
 from sdtune.training.components.adapters import Adapters
@@ -61,7 +61,7 @@ def test_peft_draws_what_the_run_drew(
     for_web_uis = more["adapter"] in ("lora", "loha", "lokr", "hra") and "bias" not in more
     assert ("kohya_lora" in artifacts) == for_web_uis == (output / "cat.safetensors").exists()
     assert ("lora" in artifacts) == (more["adapter"] == "lora" and for_web_uis)
-    assert for_web_uis != any("No file for web UIs" in event.text for event in told if isinstance(event, events.Note))
+    assert for_web_uis != any("PEFT's folders alone" in event.text for event in told if isinstance(event, events.Note))
 
     config = json.loads((output / "unet" / "adapter_config.json").read_text())
     assert config["peft_type"].lower() == more["adapter"]
@@ -109,6 +109,27 @@ def test_each_model_has_its_own_size(settings: dict[str, Any], parts: Parts, run
     assert all(".to_out.0." in name for name in biases)
 
 
+def test_the_text_encoder_has_the_scale_of_the_unet(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    Adapters(parts, wanting(settings, rank=8, lora_alpha=4, train_text_encoder=True, text_encoder_rank=2), run)
+    layer = next(module for module in parts.text_encoders[0].modules() if hasattr(module, "lora_A") and module.r)
+    assert layer.lora_alpha["default"] / layer.r["default"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"adapter": "oft", "rank": 3}, "oft with blocks of 3 .rank. does not divide the 80 inputs of .*use a rank"),
+        ({"adapter": "boft", "rank": 3}, "boft with rank 3 cannot be put on"),
+        ({"target_modules": ["nope"]}, "target_modules: nope match no layer"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    settings: dict[str, Any], parts: Parts, run: Run, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(TrainingError, match=words):
+        Adapters(parts, wanting(settings, **more), run)
+
+
 def test_a_text_encoder_that_is_not_trained_has_no_adapter(settings: dict[str, Any], parts: Parts, run: Run) -> None:
     assert len(Adapters(parts, wanting(settings), run).groups) == 1
     assert not any(weight.requires_grad for weight in parts.text_encoders[0].parameters())
@@ -122,6 +143,7 @@ def test_a_text_encoder_that_is_not_trained_has_no_adapter(settings: dict[str, A
         ({"adapter": "loha", "bias": "all"}, "bias: found all, but loha leaves the biases as they are"),
         ({"adapter": "boft", "conv_rank": 2}, "found boft, which has no conv_rank"),
         ({"adapter": "lokr", "save_bin": True}, "found lokr, which has no save_bin"),
+        ({"bias": "all", "save_bin": True}, "bias: found all with save_bin, a file that can hold no biases"),
         ({"adapter": "hra", "rank": 5}, "its reflections come in pairs: use an even number"),
         ({"text_encoder_rank": 2}, "text_encoder_rank: found 2, but the text encoder is not trained"),
         (

@@ -188,12 +188,16 @@ def test_every_refusal_of_an_upload_is_one_error(
 
 def test_a_recipe_without_folders_is_uploaded(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
+    for name in ("adapter_config.json", "notes.txt"):
+        (tmp_path / "unet" / name).write_text("{}")
     files = {
         "lora": ["a[1].safetensors"], "peft": ["unet"], "recipe": ["recipe.yaml"],
         "tensorboard": ["logs"], "contact_sheet": ["sheet.png"],
     }  # fmt: skip
-    assert published_names(tmp_path, files, {"base_model": "someone/model", "class_data_dir": None}) == [
-        "a[[]1].safetensors", "unet/*", "recipe.yaml", "samples/*",
+    assert published_names(
+        tmp_path, files, {"base_model": "someone/model", "class_data_dir": None}, {tmp_path / "unet" / "notes.txt"}
+    ) == [
+        "a[[]1].safetensors", "unet/adapter_config.json", "recipe.yaml", "samples/*",
     ]  # fmt: skip
     assert "recipe.yaml" not in published_names(tmp_path, files, {"base_model": str(tmp_path)})
 

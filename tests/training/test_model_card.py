@@ -124,6 +124,28 @@ def test_captions_take_the_place_of_trigger_words() -> None:
     assert "instance_prompt" not in ModelCard(text).data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "told"),
+    [
+        ("dreambooth-lora", {"prediction_type": "v_prediction"}, "prediction_type='v_prediction')"),
+        (
+            "dreambooth-lora",
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            "prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing')",
+        ),
+        ("kohya-native-lora", {"v_parameterization": True}, "prediction_type='v_prediction')"),
+    ],
+)
+def test_a_lora_is_drawn_with_the_schedule_it_was_trained_with(
+    method: str, settings: dict[str, Any], told: str
+) -> None:
+    text = model_card(facts(method, **settings))
+    assert f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {told}" in text
+    assert "from diffusers import DDIMScheduler, DiffusionPipeline" in text
+    assert "It predicts the velocity" in text
+    assert "DDIMScheduler" not in model_card(facts(method))
+
+
 def test_layers_are_left_out_as_in_training() -> None:
     assert "clip_skip=1)" in model_card(facts(clip_skip=1))
     assert "clip_skip=1)" in model_card(facts("kohya-native-lora", clip_skip=2))
@@ -209,8 +231,11 @@ def test_the_program_of_a_real_card_draws(
 
 
 def test_a_new_run_takes_the_old_card_away(settings: dict[str, Any], tmp_path: Path) -> None:
+    method = METHODS["dreambooth-lora"].from_settings(settings)
     (tmp_path / "README.md").write_text("of an earlier run")
-    with Run.open(METHODS["dreambooth-lora"].from_settings(settings), tmp_path, tmp_path):
+    with Run.open(method, tmp_path, tmp_path) as run:
+        assert (tmp_path / "README.md").exists()
+        run.begin(method)
         assert not (tmp_path / "README.md").exists()
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sdtune import events
 from sdtune.jobs.spec import plan_training
 from sdtune.methods.catalog import find_method
+from sdtune.training.__main__ import main
 from sdtune.training.components.processes import Share, exchange_gradients
 from tests.conftest import BASE_MODEL, DATASETS
 
@@ -80,6 +81,12 @@ def test_the_error_of_a_process_is_the_runs(tmp_path: Path) -> None:
     assert code == 5
     assert isinstance(told[-1], events.Failed)
     assert "target_modules: to_x match no layer" in told[-1].text
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+def test_there_is_at_least_one(tmp_path: Path, processes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("dreambooth-lora", tmp_path / "cat", processes)[3:]) == 2
+    assert f"processes: found {processes}, wanted at least 1" in capsys.readouterr().out
 
 
 def test_all_of_them_stop(tmp_path: Path) -> None:

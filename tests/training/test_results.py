@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdtune.errors import TrainingError
+from sdtune.errors import SdtuneError, TrainingError
 from sdtune.methods.base import MARK
 from sdtune.methods.catalog import METHODS
 from sdtune.training.__main__ import run_training
@@ -66,6 +66,19 @@ def test_a_run_that_fails_leaves_the_earlier_result(
     assert not (output / "recipe.yaml").exists()
     after = train("dreambooth-lora", settings, dataset, output, num_samples=0)
     assert "contact_sheet.png" not in after
+
+
+def test_a_run_that_cannot_begin_leaves_everything(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset, output = pictures(), tmp_path / "out"
+    before = train("dreambooth-lora", settings, dataset, output)
+    curves = sorted((output / "logs").iterdir())
+    for wrong in ({"rescale_betas_zero_snr": True}, {"clip_skip": 8}, {"target_modules": ["nope"]}):
+        with pytest.raises(SdtuneError):
+            train("dreambooth-lora", settings, dataset, output, **wrong)
+    assert names(output) == before
+    assert sorted((output / "logs").iterdir()) == curves
 
 
 def test_a_mark_does_not_reach_out_of_its_folder(tmp_path: Path) -> None:

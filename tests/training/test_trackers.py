@@ -74,6 +74,7 @@ def test_weights_and_biases_gets_what_tensorboard_gets(start: Start, tmp_path: P
     assert (run.project, run.display_name) == ("cats", "my cat")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["method"], config["rank"], config["instance_prompt"]) == ("dreambooth-lora", 4, "a photo of sks cat")
+    assert config["base_model"] == "base-model"
     assert not {"push_to_hub", "wandb_project"} & set(config)
 
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def convert(
     ProjectError: no torch in this Python.
     """
     _require_torch()
+    # PEFT imports it where it is installed, and it warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     from sdtune.training.components.import_lora import read_lora_file
 
     read_from, write_to = Path(source).expanduser(), Path(output).expanduser()
@@ -127,6 +130,10 @@ def _check_output(read_from: Path, write_to: Path, form: Form, overwrite: bool) 
         ours = {write_to}
         there = ours if write_to.exists() else set()
     else:
+        if write_to.suffix == ".safetensors":
+            raise RecipeError(
+                f"output: {write_to} is the name of a file, but --to {form} writes a folder; give a folder."
+            )
         if write_to.exists() and not write_to.is_dir():
             raise RecipeError(f"output: {write_to} is a file; --to {form} writes a folder.")
         adapters = {write_to / component for component in COMPONENTS} if form is Form.PEFT else set()

@@ -63,7 +63,8 @@ def plan_train(
     with mistakes:
         recipe = method.from_settings(settings)
     with mistakes:
-        name = str(settings.get("base_model", method.model_fields["base_model"].default))
+        # Nothing, or none, is told by the settings themselves.
+        name = str(settings.get("base_model") or method.model_fields["base_model"].default)
         base_model = find_base_model(name, settings.get("revision"))
     with mistakes:
         _check_class_pictures(method, settings)
@@ -81,6 +82,8 @@ def plan_train(
         ledger.raise_for_errors()
         if not mistakes.found:
             recipe.check_examples(len(ledger.examples))
+            if resolution is not None:
+                recipe.buckets(resolution, base_model.bucket_step)
     mistakes.raise_if_any()
     # The training process may start in another folder.
     sources = {"base_model": base_model.name}

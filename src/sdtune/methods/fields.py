@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sdtune.errors import DatasetError
+from sdtune.errors import DatasetError, RecipeError
 from sdtune.methods.base import Method, Tunable
 from sdtune.methods.buckets import Buckets
 
@@ -202,7 +202,14 @@ class CommonFields(PublishFields):
         """The shapes that pictures are trained in at ``resolution``: the square alone without ``enable_bucket``.
 
         step: what the model needs sides to be multiples of, in pixels.
+        RecipeError: a bound does not fit the resolution.
         """
+        for name, bound in (("min_bucket_reso", self.min_bucket_reso), ("max_bucket_reso", self.max_bucket_reso)):
+            if bound and (bound > resolution if name == "min_bucket_reso" else bound < resolution):
+                least = (
+                    "shortest side must not be longer" if name == "min_bucket_reso" else "longest must not be shorter"
+                )
+                raise RecipeError(f"{name}: found {bound}, but pictures are trained at {resolution}; the {least}.")
         if not self.enable_bucket:
             return Buckets(resolution, step, resolution, resolution)
         shortest = self.min_bucket_reso or max(step, resolution // 2 // step * step)
@@ -233,10 +240,14 @@ class TrainingFields(CommonFields):
         Field(description="The optimizer. adamw8bit takes less memory; prodigy finds its own rate: learning rate 1."),
     ] = "adamw"
     lr_num_cycles: Annotated[int, Field(ge=1, description="Rounds of cosine_with_restarts.")] = 1
-    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment.")] = 0.9
-    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment.")] = 0.999
-    adam_weight_decay: Annotated[float, Field(ge=0, description="AdamW's decoupled weight decay.")] = 1e-2
-    adam_epsilon: Annotated[float, Field(gt=0, description="AdamW's epsilon.")] = 1e-8
+    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the first moment: AdamW, Prodigy, Lion.")] = (
+        0.9
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of the second moment: AdamW, Prodigy, Lion.")] = (
+        0.999
+    )
+    adam_weight_decay: Annotated[float, Field(ge=0, description="Weight decay of the optimizer.")] = 1e-2
+    adam_epsilon: Annotated[float, Field(gt=0, description="Epsilon of AdamW and Prodigy.")] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0, description="Gradients are clipped to this norm.")] = 1.0
 
     prediction_type: Annotated[

@@ -38,12 +38,22 @@ Bias = Literal["none", "all", "adapter_only"]
 class PeftFields(LoraFields):
     """The settings of PEFT's adapters, those of the text encoder apart."""
 
+    rank: Annotated[
+        int,
+        Field(
+            ge=1, le=512, description="Rank of the matrices; side of the blocks of oft and boft; reflections of hra."
+        ),
+        Tunable(4, 64, log=True),
+    ] = 16
+    lora_dropout: Annotated[
+        float,
+        Field(
+            ge=0, lt=1, description="Dropout: on the input of lora, of ranks of loha and lokr, of blocks of oft, boft."
+        ),
+    ] = 0.0
     adapter: Annotated[
         Literal["lora", "loha", "lokr", "oft", "boft", "hra"],
-        Field(
-            description="The kind of adapter. rank is the side of the blocks of oft and boft, and the number of "
-            "reflections of hra."
-        ),
+        Field(description="The kind of adapter; web UIs know all but oft and boft."),
     ] = "lora"
     bias: Annotated[
         Bias, Field(description="Also train the UNet's own biases: all, or those of layers with an adapter.")
@@ -55,7 +65,7 @@ class PeftFields(LoraFields):
     ] = None
     text_encoder_alpha: Annotated[
         float | None,
-        Field(gt=0, description="The same as lora_alpha for the text encoder. Not given: lora_alpha, or its rank."),
+        Field(gt=0, description="The same as lora_alpha for the text encoder. Not given: the UNet's scale of it."),
     ] = None
     text_encoder_dropout: Annotated[
         float | None, Field(ge=0, lt=1, description="Dropout in the text encoder. Not given: lora_dropout.")
@@ -91,6 +101,8 @@ class PeftFields(LoraFields):
         adapter = info.data.get("adapter")
         if adapter and bias not in (None, "none") and not ADAPTERS[adapter].bias:
             raise ValueError(f"found {bias}, but {adapter} leaves the biases as they are; leave it out.")
+        if bias not in (None, "none") and info.data.get("save_bin"):
+            raise ValueError(f"found {bias} with save_bin, a file that can hold no biases; leave one of them out.")
         return bias
 
     @field_validator("text_encoder_rank", "text_encoder_alpha", "text_encoder_dropout", "text_encoder_bias")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtune import events
-from sdtune.errors import SdtuneError, TrainingError
+from sdtune.errors import RecipeError, SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 from sdtune.training.launch import INTERRUPTED, is_first, is_one_of_several, number_of_gpus, run_in_processes
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         method = find_method(job.method).from_args(settings)
         # Before torch is imported: what is missing here is told at once.
         hub = open_accounts(method, job.output) if is_first() else None
+        if job.processes is not None and job.processes < 1:
+            raise RecipeError(f"processes: found {job.processes}, wanted at least 1, or nothing for one for each GPU.")
         processes = job.processes or number_of_gpus()
         # kohya's trainer starts them itself, in another Python.
         if processes > 1 and method.container == "diffusers" and not is_one_of_several():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from sdtune import events
 from sdtune.errors import ProjectError, PublishError, RecipeError
 from sdtune.methods.fields import CommonFields, is_hub_id
 from sdtune.training.launch import is_one_of_several
+from sdtune.training.results import files_of
 
 PLACES = ("base_model", "class_data_dir")
 """Settings that may name a folder of this machine, which is nobody else's business."""
@@ -89,20 +90,19 @@ def open_repository(method: CommonFields, output_name: str) -> HubRepository | N
     return HubRepository(repo_id)
 
 
-def published_names(output: Path, files: dict[str, list[str]], settings: dict[str, object]) -> list[str]:
+def published_names(
+    output: Path, files: dict[str, list[str]], settings: dict[str, object], not_ours: Collection[Path] = ()
+) -> list[str]:
     """What of a result is uploaded, as patterns; nothing that the run has not told as a part of its result.
 
-    files: names in ``output`` by the kind of artifact. Left out are the curves, the contact sheet, which shows the
-    training pictures, and the recipe if it names a folder of this machine; the card has all settings.
+    files: names in ``output`` by the kind of artifact. not_ours: files that lay there before the result. Left out are
+    the curves, the contact sheet, which shows the training pictures, and the recipe if it names a folder of this
+    machine; the card has all settings.
     """
     private = any(Path(str(settings[place])).expanduser().exists() for place in PLACES if settings.get(place))
-    left_out = {"tensorboard", "contact_sheet", *(["recipe"] if private else [])}
-    told = [name for kind, names in files.items() if kind not in left_out for name in names if name != "."]
-    names = [escape(name) + ("/*" if (output / name).is_dir() else "") for name in told]
-    if "model" in files:
-        index = json.loads((output / "model_index.json").read_text(encoding="utf-8"))
-        parts = (name for name in index if (output / name).is_dir())
-        names += ["model_index.json", *(f"{name}/*" for name in parts)]
+    left_out = {"contact_sheet", *(["recipe"] if private else [])}
+    told = files_of(output, {kind: names for kind, names in files.items() if kind not in left_out})
+    names = [escape(name) for name in told if output / name not in not_ours]
     return [*names, "samples/*"]
 
 

@@ -42,15 +42,17 @@ MOST_WAITING = timedelta(hours=2)
 class Run:
     """One training run: where it reads and writes, what it computes on, how it tells.
 
-    processes: so many train together, one for each GPU. not_ours: files that lay in ``output`` before the result.
+    opened: what is closed when the run ends. processes: so many train together, one for each GPU.
+    not_ours: files that lay in ``output`` before the result.
     """
 
     dataset: Path
     output: Path
     accelerator: Any
-    trackers: Trackers
+    opened: ExitStack
     hub: HubRepository | None = None
     processes: int = 1
+    trackers: Trackers = field(default_factory=lambda: Trackers([]))
     started: float = field(default_factory=time.time)
     record: Record = field(default_factory=Record)
     not_ours: set[Path] | None = None
@@ -60,7 +62,7 @@ class Run:
     def open(
         cls, method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None, processes: int = 1
     ) -> Iterator[Run]:
-        """A run that writes to ``output``; what an earlier run left there of samples and curves is replaced.
+        """A run that writes to ``output``, in which nothing of an earlier run is touched before it has begun.
 
         hub: where the result is uploaded to.
         """
@@ -75,18 +77,22 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=MOST_WAITING)],
         )
         with ExitStack() as opened:
-            trackers = Trackers([])
             if accelerator.is_main_process:
-                try:
-                    _make_ready(output)
-                    trackers = opened.enter_context(open_trackers(method, output / LOGS, output.name))
-                except OSError as error:
-                    raise TrainingError(
-                        f"output: {output} cannot be written ({error}); choose another --output."
-                    ) from None
-            yield cls(dataset, output, accelerator, trackers, hub, processes)
+                with _writing(output):
+                    output.mkdir(parents=True, exist_ok=True)
+                    write_mark(output, files_in_mark(output))
+            yield cls(dataset, output, accelerator, opened, hub, processes)
             # Not after an error: the others may hang in an exchange that will not come.
             accelerator.end_training()
+
+    def begin(self, method: CommonFields) -> None:
+        """Everything has proved right: what an earlier run left here of recipe, samples and curves makes room."""
+        if self.is_first:
+            with _writing(self.output):
+                # Until this run has ended, the folder holds no finished one.
+                (self.output / RECIPE_FILE).unlink(missing_ok=True)
+                _remove_what_was_drawn(self.output)
+                self.trackers = self.opened.enter_context(open_trackers(method, self.output / LOGS, self.output.name))
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +172,7 @@ class Run:
         write_mark(self.output, [name for name in result if self.output / name not in (self.not_ours or ())])
         self._save_recipe(method)
         if self.hub:
-            names = published_names(self.output, self.record.files, method.recipe())
+            names = published_names(self.output, self.record.files, method.recipe(), self.not_ours or ())
             self.tell(events.Phase("upload", f"Uploading to {self.hub.repo_id}"))
             self.tell(events.Artifact("hub", self.hub.upload(self.output, names)))
         seconds = round(time.time() - self.started, 1)
@@ -210,13 +216,12 @@ def mixed_precision(setting: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def _make_ready(output: Path) -> None:
-    """The folder made and marked as ours, and what an earlier run left of samples and curves removed."""
-    output.mkdir(parents=True, exist_ok=True)
-    # Until this run has ended, the folder holds no finished one.
-    (output / RECIPE_FILE).unlink(missing_ok=True)
-    write_mark(output, files_in_mark(output))
-    _remove_what_was_drawn(output)
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"output: {output} cannot be written ({error}); choose another --output.") from None
 
 
 def _remove_what_was_drawn(output: Path) -> None:

@@ -95,7 +95,7 @@ class WeightsAndBiases:
         wandb = _quiet_wandb()
         try:
             self._run: Any = wandb.init(
-                project=project, name=title, dir=folder, config={"method": method.name, **method.recipe()}
+                project=project, name=title, dir=folder, config={"method": method.name, **_public(method.recipe())}
             )
         except wandb.Error as error:
             raise ProjectError(f"wandb_project: Weights & Biases cannot start a run: {error}") from None
@@ -128,6 +128,14 @@ def check_trackers(method: PublishFields) -> None:
             f"wandb_project: Weights & Biases does not let this run in ({str(error).rstrip('.')}). "
             "Set WANDB_API_KEY to a key from https://wandb.ai/authorize, or WANDB_MODE=offline to keep the log here."
         ) from None
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with folders of this machine by their last part alone."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for name, value in settings.items()
+    }
 
 
 def _quiet_wandb() -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ class Adapters:
         if method.train_text_encoder:
             size = Size(
                 rank=method.text_encoder_rank or method.rank,
-                alpha=method.text_encoder_alpha or method.lora_alpha,
+                alpha=method.text_encoder_alpha
+                or (method.alpha / method.rank * (method.text_encoder_rank or method.rank)),
                 dropout=unet.dropout if method.text_encoder_dropout is None else method.text_encoder_dropout,
                 bias=method.text_encoder_bias or method.bias,
             )
@@ -66,7 +68,10 @@ class Adapters:
                 self.groups.append(trainable(self._wrapped[name], method.text_encoder_lr or method.learning_rate))
         if not self._has_kohya_keys:
             what = "trained biases" if method.adapter in KOHYA_KINDS else method.adapter
-            run.tell(events.Note(f"No file for web UIs will be written: they know nothing like {what}.", "warning"))
+            text = (
+                f"The result will be PEFT's folders alone: web UIs and diffusers' LoRA files know nothing like {what}."
+            )
+            run.tell(events.Note(text, "warning"))
         self._before = [parameter.detach().cpu().clone() for parameter in self._parameters()]
 
     def _attach(self, model: Any, size: Size, targets: Sequence[str], **patterns: Any) -> Any:
@@ -74,11 +79,22 @@ class Adapters:
         config = adapter_config(method.adapter, size, use_dora=method.use_dora, **patterns)
         config.target_modules = set(targets)
         try:
-            wrapped = get_peft_model(model, config)
+            # It says so where it changes a size, which is an error below, and where boft has no kernel of its own.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                wrapped = get_peft_model(model, config)
         except ValueError as error:
+            if "not found in the base model" in str(error):
+                raise TrainingError(f"target_modules: {', '.join(targets)} match no layer of the model.") from None
             raise TrainingError(
                 f"adapter: {method.adapter} with rank {size.rank} cannot be put on {', '.join(targets)}: {error}"
             ) from None
+        for name, layer in wrapped.named_modules():
+            if (sizes := getattr(layer, "oft_block_size", None)) and sizes["default"] != size.rank:
+                raise TrainingError(
+                    f"adapter: oft with blocks of {size.rank} (rank) does not divide the {layer.in_features} inputs of "
+                    f"{name.removeprefix('base_model.model.')}; use a rank that does, such as {sizes['default']}."
+                )
         # It took the folder on this machine.
         wrapped.peft_config["default"].base_model_name_or_path = public_name(method.base_model)
         return wrapped

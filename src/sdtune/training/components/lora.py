@@ -148,5 +148,6 @@ def lora_metadata(parts: Parts, method: LoraMethod, run: Run, images: CachedImag
             "network_args": _network_args(method),
             "network_dropout": method.lora_dropout,
             "noise_offset": method.noise_offset,
+            "zero_terminal_snr": method.rescale_betas_zero_snr,
         },
     )

@@ -198,18 +198,51 @@ def _python(facts: CardFacts) -> str:
     revision = facts.method.revision
     place = [_literal(result if facts.whole else base.name), "dtype=torch.float16"]
     place += [f"revision={_literal(revision)}"] if revision and not facts.whole else []
-    lines = ["import torch", f"from diffusers import {kind}", *(["from peft import PeftModel"] if peft else []), ""]
+    schedule = _schedule(facts.method)
+    kinds = ", ".join([*(["DDIMScheduler"] if schedule and not facts.whole else []), kind])
+    lines = ["import torch", f"from diffusers import {kinds}", *(["from peft import PeftModel"] if peft else []), ""]
     lines += [f"pipeline = {kind}.{opened}({', '.join(place)})"]
     lines += [
         f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {_literal(result)}, subfolder={_literal(part)})"
         for part in peft
     ]
+    if schedule and not facts.whole:
+        told = ", ".join(f"{name}={value!r}" for name, value in schedule.items())
+        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {told})")
     lines.append('pipeline.to("cuda")')
     if lora is not None:
         lines.append(f"pipeline.load_lora_weights({_literal(result)}, weight_name={_literal(lora)})")
     options = [_literal(prompt), *_options(facts.method)]
     lines.append(f'pipeline({", ".join(options)}).images[0].save("picture.png")')
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _schedule(method: CommonFields) -> dict[str, object]:
+    """What the run changed of the base model's noise schedule, by diffusers' names; a LoRA is drawn with it too."""
+    settings = method.settings()
+    changed: dict[str, object] = {}
+    if settings.get("v_parameterization") is not None:
+        changed["prediction_type"] = "v_prediction" if settings["v_parameterization"] else "epsilon"
+    if settings.get("prediction_type"):
+        changed["prediction_type"] = settings["prediction_type"]
+    if settings.get("rescale_betas_zero_snr") or settings.get("zero_terminal_snr"):
+        changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return changed
+
+
+def _schedule_of_uis(method: CommonFields) -> list[str]:
+    if not (changed := _schedule(method)):
+        return []
+    kind = (
+        "predicts the velocity"
+        if changed.get("prediction_type", "v_prediction") == "v_prediction"
+        else "predicts the noise"
+    )
+    zero = " with noise that ends in pure noise (zero terminal SNR)" if "rescale_betas_zero_snr" in changed else ""
+    return [
+        f"It {kind}{zero}, and is drawn so alone: in ComfyUI by the node *ModelSamplingDiscrete*, elsewhere by the "
+        "settings of the model."
+    ]
 
 
 def _options(method: CommonFields) -> list[str]:
@@ -227,7 +260,8 @@ def _web_uis(facts: CardFacts) -> list[str]:
         return [
             f"With a web UI: put {_code(lora)} into `models/Lora` of A1111, Forge or SD.Next and write "
             f"{_code(f'<lora:{stem}:1>')} into the prompt, or into `models/loras` of ComfyUI and load it with "
-            "*Load LoRA*."
+            "*Load LoRA*.",
+            *_schedule_of_uis(facts.method),
         ]
     if (single := facts.record.file("single_file")) is not None:
         return [

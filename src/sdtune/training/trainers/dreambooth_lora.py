@@ -39,6 +39,7 @@ def train(method: DreamBoothLora, run: Run) -> None:
 
     optimizer, schedule = build_optimizer(attach_lora(parts, method), method)
     noise = torch.Generator().manual_seed(method.seed + 1)
+    run.begin(method)
     samples = Samples(parts, method, run)
     samples.draw(step=0)
     held_out.measure(step=0)

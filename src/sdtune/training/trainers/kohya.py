@@ -61,6 +61,7 @@ def train(method: KohyaFields, run: Run) -> None:
         def on_averages(averages: Averages) -> None:
             run.draw_scalar("train/avr_loss", averages.avr_loss, averages.step)
 
+        run.begin(method)
         averages = run_sd_scripts(
             scripts, kohya_args(method, base, dataset, places), setup, work,
             sdxl=base.family is Family.SDXL, processes=run.processes,

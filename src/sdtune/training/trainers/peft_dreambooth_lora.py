@@ -40,6 +40,7 @@ def train(method: PeftDreamBoothLora, run: Run) -> None:
     adapters = Adapters(parts, method, run)
     optimizer, schedule = build_optimizer(adapters.groups, method)
     noise = torch.Generator().manual_seed(method.seed + 1)
+    run.begin(method)
     samples = Samples(parts, method, run)
     samples.draw(step=0)
     held_out.measure(step=0)

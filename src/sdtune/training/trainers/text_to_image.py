@@ -32,6 +32,7 @@ def train(method: TextToImage, run: Run) -> None:
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
+    run.begin(method)
     samples = Samples(parts, method, run)
     samples.draw(step=0)
     held_out.measure(step=0)
