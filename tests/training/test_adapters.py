@@ -19,6 +19,7 @@ from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.peft import ADAPTERS, PeftDreamBoothLora
 from sdtune.training.__main__ import run_training
 from sdtune.training.components.adapters import Adapters
+from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.models import Parts
 from sdtune.training.run import Run
 from tests.conftest import BASE_MODEL
@@ -63,6 +64,9 @@ def test_peft_draws_what_the_run_drew(
     assert ("lora" in artifacts) == (more["adapter"] == "lora" and for_web_uis)
     assert for_web_uis != any("PEFT's folders alone" in event.text for event in told if isinstance(event, events.Note))
 
+    if more["adapter"] == "lora" and "bias" in more:
+        with pytest.raises(TrainingError, match="a LoRA with trained biases of the base model"):
+            read_lora(output)
     config = json.loads((output / "unet" / "adapter_config.json").read_text())
     assert config["peft_type"].lower() == more["adapter"]
     assert config["base_model_name_or_path"] == "base-model"

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,13 @@ def _add_parts(file: Path, component: str, tensors: Mapping[str, Tensor], parts:
         raise _unknown(file, unknown)
 
 
-def _unknown(file: Path, keys: Iterable[str]) -> TrainingError:
-    shown = ", ".join(list(keys)[:3]) or "no tensors"
+def _unknown(file: Path, keys: Sequence[str]) -> TrainingError:
+    shown = ", ".join(keys[:3]) or "no tensors"
+    if keys and all(key.endswith(".bias") for key in keys):
+        return TrainingError(
+            f"{file}: a LoRA with trained biases of the base model (such as {keys[0]}), which only PEFT's own form can "
+            "hold. Train with --bias none for the other forms."
+        )
     return TrainingError(
         f"{file}: not a LoRA of Stable Diffusion in diffusers', kohya's or PEFT's form (found {shown}). "
         "LyCORIS types other than LoRA and DoRA (LoHa, LoKr, Tucker...) are not read."
