@@ -58,6 +58,9 @@ class PublishError(SdtuneError):
     kind = "publish"
 
 
+INTERRUPTED = 130
+"""The exit code of what Ctrl-C or a signal has stopped, which is no error."""
+
 ERRORS: dict[str, type[SdtuneError]] = {
     error.kind: error for error in (RecipeError, DatasetError, ProjectError, JobError, TrainingError, PublishError)
 }

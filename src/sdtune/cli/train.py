@@ -13,10 +13,9 @@ from sdtune.backends.registry import BACKENDS, open_backend
 from sdtune.cli.options import method_parameters, read_config, typed_settings
 from sdtune.cli.output import open_console
 from sdtune.commands.train import plan_train, train
+from sdtune.errors import INTERRUPTED
 from sdtune.methods.catalog import ALIASES, METHODS
 from sdtune.methods.fields import CommonFields
-
-INTERRUPTED = 130
 
 
 class Methods(TyperGroup):

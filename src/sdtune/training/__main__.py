@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtune import events
-from sdtune.errors import RecipeError, SdtuneError, TrainingError
+from sdtune.errors import INTERRUPTED, RecipeError, SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
-from sdtune.training.launch import INTERRUPTED, is_first, is_one_of_several, number_of_gpus, run_in_processes
+from sdtune.training.launch import is_first, is_one_of_several, number_of_gpus, run_in_processes
 
 if TYPE_CHECKING:
     from sdtune.training.hub import HubRepository

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-INTERRUPTED = 130
+from sdtune.errors import INTERRUPTED
 
 
 def is_one_of_several() -> bool:

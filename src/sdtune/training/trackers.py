@@ -10,13 +10,12 @@ from typing import Any, Protocol, Self
 import numpy
 from PIL import Image
 
-from sdtune.errors import ProjectError, SdtuneError
+from sdtune.errors import INTERRUPTED, ProjectError, SdtuneError
 from sdtune.methods.fields import CommonFields, PublishFields
 from sdtune.training import interrupts
 
 SECONDS_TO_UPLOAD = 120.0
 """At the end of a run. What Weights & Biases has not taken by then stays in the logs, for ``wandb sync``."""
-INTERRUPTED = 130
 
 
 class Tracker(Protocol):

@@ -7,12 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
+import safetensors.torch
 from torch import Tensor
 
 from sdtune.training.components.lora_names import Family
 from sdtune.training.components.lora_weights import LoraWeights
-from sdtune.training.components.tensor_file import serialized
+from sdtune.training.components.tensor_file import joined, split
 
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """Entries that ``hashes`` makes, of the file they stand in."""
@@ -139,9 +141,13 @@ def public_name(base_model: str) -> str:
 
 
 def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """HASHES of the file of these tensors with this metadata."""
+    return file_hashes(*split(safetensors.torch.save(dict(tensors))), metadata)
+
+
+def file_hashes(entries: Mapping[str, Any], data: bytes, metadata: Mapping[str, str]) -> dict[str, str]:
     """sshs_* as kohya computes them: over the file as it would be with its ss_ entries alone."""
-    file = serialized(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    start = 8 + int.from_bytes(file[:8], "little")
-    model_hash = hashlib.sha256(memoryview(file)[start:]).hexdigest()
-    legacy_hash = hashlib.sha256(memoryview(file)[0x100000:0x110000]).hexdigest()[:8]
+    legacy = joined(entries, data, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    model_hash = hashlib.sha256(data).hexdigest()
+    legacy_hash = hashlib.sha256(memoryview(legacy)[0x100000:0x110000]).hexdigest()[:8]
     return dict(zip(HASHES, (model_hash, legacy_hash, f"0x{model_hash}"), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -39,12 +40,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file. Its writer shuffles the metadata on every call, so the header is written anew, sorted."""
-    file = safetensors.torch.save(dict(tensors))
+    return joined(*split(safetensors.torch.save(dict(tensors))), metadata)
+
+
+def split(file: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header's entries and the data of a safetensors file."""
     start = 8 + int.from_bytes(file[:8], "little")
-    entries = json.loads(file[8:start])
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
+    return json.loads(file[8:start]), file[start:]
+
+
+def joined(entries: Mapping[str, Any], data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The safetensors file of these tensors with this metadata, sorted."""
+    tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **tensors}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data begin at a multiple of 8
-    return len(header).to_bytes(8, "little") + header + file[start:]
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def finite(weight: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtune.errors import SdtuneError, TrainingError
+from sdtune.errors import INTERRUPTED, SdtuneError, TrainingError
 from sdtune.events import Failed, Phase, Step, emit
 from sdtune.training.kohya.measure import HeldOutLoss, Scene, is_first, tell
 
 SCRIPTS = {"sd": ("train_network", "NetworkTrainer"), "sdxl": ("sdxl_train_network", "SdxlNetworkTrainer")}
-INTERRUPTED = 130
 AVERAGE_MARK = '{"avr_loss": '
 """How a line begins that tells sd-scripts' own moving average, for which there is no event."""
 SECONDS_BETWEEN_REPORTS = 1.0

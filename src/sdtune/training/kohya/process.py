@@ -17,8 +17,8 @@ import torch
 
 import sdtune
 from sdtune import events
-from sdtune.errors import ERRORS, ProjectError, TrainingError
-from sdtune.training.kohya.launcher import AVERAGE_MARK, INTERRUPTED, Setup
+from sdtune.errors import ERRORS, INTERRUPTED, ProjectError, TrainingError
+from sdtune.training.kohya.launcher import AVERAGE_MARK, Setup
 
 FOLDER = "SDTUNE_SD_SCRIPTS"
 PYTHON = "SDTUNE_SD_SCRIPTS_PYTHON"
