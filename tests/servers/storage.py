@@ -2,7 +2,7 @@
 
 STORAGE_EMULATOR_HOST=http://127.0.0.1:PORT sends the Python client here, CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE (the
 same and /storage/v1/) gcloud. Objects live in memory, in their newest generation only, as in a bucket without
-versioning. Not there: access control, composing, rewriting, the XML API, batches.
+versioning. Not there: access control but for what is asked of it, composing, the XML API, batches.
 
     with StorageServer() as server:
         server.put("bucket", "folder/name", b"content")
@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,7 +33,8 @@ NONE: Mapping[str, str] = {}
 HASHES = {"crc32c": "crc32c", "md5Hash": "md5"}
 _OBJECT = re.compile(r"/(?:download/)?storage/v1/b/([^/]+)/o/(.+)")
 _OBJECTS = re.compile(r"(?:/resumable)?(?:/upload)?/storage/v1/b/([^/]+)/o")
-_BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
+_BUCKET = re.compile(r"/storage/v1/b/([^/]+)(/iam/testPermissions)?")
+_REWRITE = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)")
 
 
 @dataclass
@@ -68,21 +70,31 @@ class Stored:
 
 @dataclass
 class Fault:
-    """What befalls ``times`` requests: a status in place of an answer, or the line is cut after so many bytes."""
+    """What befalls ``times`` requests: a status in place of an answer, or the line is cut after so many bytes of the
+    answer or, where ``received``, of the request."""
 
     method: str
     pattern: str
     times: int
     status: int | None = None
     after: int | None = None
+    received: bool = False
 
 
 class StorageServer:
-    """buckets: name -> name of an object -> object. requests: "GET /path?query" of all that came."""
+    """buckets: name -> name of an object -> object. requests: "GET /path?query" of all that came.
+    authorizations: the header of that name of those that had one.
 
-    def __init__(self) -> None:
+    delay: seconds before each answer, as of a network. denied: permissions that nobody has. locations: of buckets.
+    """
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.denied: set[str] = set()
+        self.locations: dict[str, str] = {}
         self.buckets: dict[str, dict[str, Stored]] = {}
         self.requests: list[str] = []
+        self.authorizations: list[str] = []
         self.uploads: dict[str, tuple[str, dict[str, Any], bytearray]] = {}
         self._faults: list[Fault] = []
         self._generations = count(1_700_000_000_000_000)
@@ -114,6 +126,10 @@ class StorageServer:
         """Break off downloads after so many bytes of the body."""
         self._faults.append(Fault("GET", f"alt=media.*{pattern}|{pattern}.*alt=media", times, after=after))
 
+    def drop(self, method: str, pattern: str, after: int = 0, times: int = 1) -> None:
+        """Break off uploads of which so many bytes have come, without an answer."""
+        self._faults.append(Fault(method, pattern, times, after=after, received=True))
+
     def take_fault(self, method: str, address: str) -> Fault | None:
         """The first that applies; it is used up by one."""
         with self._lock:
@@ -127,25 +143,39 @@ class StorageServer:
 class _Handler(BaseHTTPRequestHandler):
     server_of: StorageServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer of headers and a body waits 40 ms for the client's delayed ACK
 
     def log_message(self, format: str, *args: object) -> None: ...
 
     def _dispatch(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server_of.requests.append(f"{self.command} {unquote(self.path)}")
+        self.server_of.authorizations += self.headers.get_all("Authorization", [])
         address = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(address.query, keep_blank_values=True).items()}
         self.fault = self.server_of.take_fault(self.command, self.path)
+        time.sleep(self.server_of.delay)
+        if self.fault and self.fault.received:
+            return self._drop(self.fault.after or 0)
         if self.fault and self.fault.status:
             return self._error(self.fault.status, f"The server was told to answer {self.fault.status}.")
+        if found := _REWRITE.fullmatch(address.path):
+            return self._rewrite(*map(unquote, found.groups()))
         if found := _OBJECT.fullmatch(address.path):
             return self._object(found[1], unquote(found[2]))
         if found := _OBJECTS.fullmatch(address.path):
             if found[1] not in self.server_of.buckets:
                 return self._error(404, "The specified bucket does not exist.")
             return self._list(found[1]) if self.command == "GET" else self._upload(found[1])
-        if (found := _BUCKET.fullmatch(address.path)) and found[1] in self.server_of.buckets:
-            return self._json({"kind": "storage#bucket", "id": found[1], "name": found[1], "location": "US"})
+        if found := _BUCKET.fullmatch(address.path):
+            if found[1] not in self.server_of.buckets:
+                return self._error(404, "The specified bucket does not exist.")
+            if found[2]:
+                asked = parse_qs(address.query).get("permissions", [])
+                held = [permission for permission in asked if permission not in self.server_of.denied]
+                return self._json({"kind": "storage#testIamPermissionsResponse", "permissions": held})
+            location = self.server_of.locations.get(found[1], "US")
+            return self._json({"kind": "storage#bucket", "id": found[1], "name": found[1], "location": location})
         return self._error(404, f"This server has nothing at {self.command} {address.path}.")
 
     do_GET = do_POST = do_PUT = do_DELETE = _dispatch  # noqa: N815
@@ -169,6 +199,29 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             data, status = data[start : end + 1], 206
         return self._answer(status, data, headers, self.fault.after if self.fault else None)
+
+    def _drop(self, after: int) -> None:
+        """Of a resumable upload, what has come is kept."""
+        if upload := self.server_of.uploads.get(self.query.get("upload_id", "")):
+            upload[2].extend(self.body[:after])
+        self.close_connection = True
+
+    def _rewrite(self, bucket: str, name: str, to_bucket: str, to_name: str) -> None:
+        stored = self.server_of.buckets.get(bucket, {}).get(name)
+        if stored is None or to_bucket not in self.server_of.buckets:
+            return self._error(404, f"No such object: {bucket}/{name}")
+        present = self.server_of.buckets[to_bucket].get(to_name)
+        generation = str(present.generation if present else 0)
+        source = str(stored.generation)
+        if (
+            self.query.get("ifGenerationMatch", generation) != generation
+            or self.query.get("sourceGeneration", source) != source
+        ):
+            return self._error(412, "At least one of the pre-conditions you specified did not hold.")
+        copy = self.server_of.put(to_bucket, to_name, stored.data, **stored.more)
+        size = str(len(stored.data))
+        done = {"kind": "storage#rewriteResponse", "totalBytesRewritten": size, "objectSize": size, "done": True}
+        return self._json({**done, "resource": copy.resource(self.headers["Host"])})
 
     def _list(self, bucket: str) -> None:
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter", "")
