@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``train`` or ``save``."""
+    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``train``, ``save``, ``upload``
+    or ``copy``."""
 
     event: ClassVar[str] = "phase"
     name: str
@@ -74,6 +75,17 @@ class Artifact:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """A row in the ledger of copies. ``outcome``: ``copied``, ``equal`` (``path`` was there already) or ``failed``."""
+
+    event: ClassVar[str] = "copy"
+    source: str
+    path: str
+    outcome: str
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The run ends without its result. ``kind`` is the error's, so that its exit code is kept."""
 
@@ -93,9 +105,9 @@ class Finished:
     change: float
 
 
-Event = Phase | Progress | Step | Measure | Note | Artifact | Failed | Finished
+Event = Phase | Progress | Step | Measure | Note | Artifact | Copy | Failed | Finished
 KINDS: dict[str, type[Event]] = {
-    kind.event: kind for kind in (Phase, Progress, Step, Measure, Note, Artifact, Failed, Finished)
+    kind.event: kind for kind in (Phase, Progress, Step, Measure, Note, Artifact, Copy, Failed, Finished)
 }
 
 

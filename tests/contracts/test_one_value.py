@@ -169,14 +169,14 @@ def parse_typed(method: type[CommonFields], words: list[str]) -> CommonFields:
 
     import typer
 
-    from sdtune.cli.options import method_parameters, typed_settings
+    from sdtune.cli.options import parameters_of, typed_settings
 
     got: list[CommonFields] = []
 
     def command(**arguments: Any) -> None:
         got.append(method.from_settings(typed_settings(method, arguments)))
 
-    command.__signature__ = inspect.Signature(method_parameters(method, taken=set()))  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(parameters_of(method, taken=set()))  # type: ignore[attr-defined]
     app = typer.Typer()
     app.command()(command)
     result = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -211,6 +211,14 @@ def test_awkward_prompts_arrive_unchanged(prompt: str) -> None:
     typed = parse_typed(method, [f"--instance-prompt={prompt}"])
     assert method.from_args(typed.to_args()) == typed
     assert typed.instance_prompt == prompt  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("prompt", ["$(PATH)", "$$", "costs $5", "$(sks) $$(x)"])
+def test_no_argument_has_what_a_container_would_replace(prompt: str) -> None:
+    method = METHODS["dreambooth-lora"]
+    sent = method.from_settings({"instance_prompt": prompt})
+    assert not any("$" in arg for arg in sent.to_args())
+    assert method.from_args(sent.to_args()) == sent
 
 
 @given(st.text(min_size=1, max_size=200))

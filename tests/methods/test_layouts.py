@@ -341,6 +341,7 @@ class Bucket:
     objects: list[ObjectInBucket]
     root: str = "gs://bucket/10_sks"
     name: str = "10_sks"
+    workers: int | None = None
 
     def files(self) -> Iterator[File | Obstacle]:
         yield from self.objects

@@ -186,6 +186,24 @@ def test_every_refusal_of_an_upload_is_one_error(
     assert str(raised.value).endswith(f"\n  hf upload alice/cat {tmp_path} . --include README.md")
 
 
+def test_a_result_in_a_bucket_is_uploaded_from_there_again(here: Hub, tmp_path: Path) -> None:
+    here.repositories["alice/cat"] = Repository()
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "README.md").write_text("---\nlicense: mit\n---\n")
+    here.fail["/commit/"] = 403
+    with pytest.raises(PublishError, match="the result is whole in gs://pets/a/cat, but") as raised:
+        HubRepository("alice/cat").upload(tmp_path / "cat", ["README.md"], "gs://pets/a/cat")
+    assert str(raised.value).endswith(
+        "\n  gcloud storage cp --recursive gs://pets/a/cat .\n  hf upload alice/cat cat . --include README.md"
+    )
+
+
+@pytest.mark.parametrize("place", ["gs://pets/model", "/gcs/pets/model"])
+def test_a_recipe_that_names_a_bucket_is_not_uploaded(place: str, tmp_path: Path) -> None:
+    files = {"lora": ["a.safetensors"], "recipe": ["recipe.yaml"]}
+    assert published_names(tmp_path, files, {"base_model": place}) == ["a.safetensors", "samples/*"]
+
+
 def test_a_recipe_without_folders_is_uploaded(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     for name in ("adapter_config.json", "notes.txt"):

@@ -15,8 +15,8 @@ from sdtune import events
 from sdtune.errors import ProjectError, RecipeError, TrainingError
 from sdtune.methods import base_models
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.training.components import store
-from sdtune.training.components.store import base_model_here
+from sdtune.training.components import copying
+from sdtune.training.components.base_model_copy import base_model_here
 from tests.conftest import BASE_MODEL
 from tests.servers.storage import StorageServer
 from tests.training.test_entry import train
@@ -196,7 +196,7 @@ def test_a_stopped_download_leaves_whole_files_and_goes_on(
 def test_a_full_disk_is_told_before_anything_is_fetched(
     storage: StorageServer, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1_000_000))
+    monkeypatch.setattr(copying.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1_000_000))
     with pytest.raises(TrainingError, match=r"it takes \d+ MB, and 1 MB are free.*; set SDTUNE_CACHE to a folder on a"):
         here(model)
     assert not downloads(storage)

@@ -6,67 +6,63 @@ arguments of the container and the space that a hyperparameter search may draw f
 
 from __future__ import annotations
 
-import difflib
 import json
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
-
 from sdtune.errors import RecipeError
 from sdtune.methods.ledger import Layout
+from sdtune.methods.settings import Settings
 
 RECIPE_FILE = "recipe.yaml"
 """Written last by a run: an output folder that has it holds a finished one."""
 MARK = ".sdtune"
 """Written first by a run: an output folder that has it was made by sdtune."""
+HELD_OUT_LOSS = "held_out_loss"
+"""The metric that all methods report: the loss on fixed noise, timesteps and pictures."""
+AVERAGE_LOSS = "avr_loss"
+"""What kohya's own trainer averages over the steps so far."""
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """Marks a field that a hyperparameter search may vary, with its default range.
+    """Marks a field that a hyperparameter search may vary, with its default range, or its default values.
 
+    when: another field, and its values under which this one matters; no condition for a method without that field.
+    by_default: varied where a search names no fields.
     A frozen dataclass and not a pydantic model: inside ``Annotated`` pydantic would take the latter for a schema.
     """
 
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     log: bool = False
+    values: tuple[str | float, ...] = ()
+    when: tuple[str, tuple[str | int | bool, ...]] | None = None
+    by_default: bool = False
 
 
-class Method(BaseModel):
+class Method(Settings):
     """Base of all methods. A subclass adds its card (the class variables) and its fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-    name: ClassVar[str]
     summary: ClassVar[str]
     container: ClassVar[str]
     layout: ClassVar[Layout]
     trainer: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = (HELD_OUT_LOSS,)
+    """What a run reports to a search, lower is better. The first is what a search looks at unless told."""
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Self:
-        """The method with these settings. RecipeError lists every mistake at once."""
-        try:
-            return cls.model_validate(dict(settings))
-        except ValidationError as error:
-            raise RecipeError(cls._explain(error.errors())) from None
-
-    def settings(self) -> dict[str, Any]:
-        """Every field with its value, as JSON and YAML know values."""
-        return self.model_dump(mode="json")
+    def help_command(cls) -> str:
+        return f"sdtune train {cls.name} --help"
 
     def to_args(self) -> list[str]:
         """The settings as the one argument that the training entry point reads.
 
-        One JSON value and not a flag per field: a prompt such as ``1``, ``null`` or ``--help`` arrives as it is.
+        One JSON value and not a flag per field: a prompt such as ``1``, ``null`` or ``--help`` arrives as it is. So do
+        ``$(HOME)`` and ``$$``, which containers' arguments are searched for: JSON has another way to write ``$``.
         """
-        return [f"--recipe={json.dumps(self.settings())}"]
+        return ["--recipe=" + json.dumps(self.settings()).replace("$", "\\u0024")]
 
     @classmethod
     def from_args(cls, args: Sequence[str]) -> Self:
@@ -84,76 +80,6 @@ class Method(BaseModel):
             else:
                 settings[option.removeprefix("--").replace("-", "_")] = value
         return cls.from_settings(settings)
-
-    @classmethod
-    def flag(cls, field: str) -> str:
-        """How the command line spells ``field``."""
-        return "--" + field.replace("_", "-")
-
-    @classmethod
-    def _explain(cls, errors: Iterable[ErrorDetails]) -> str:
-        lines: dict[str, str] = {}
-        for error in errors:
-            field = str(error["loc"][0]) if error["loc"] else ""
-            lines.setdefault(field, f"  {cls._mistake(field, error)}")
-        head = "this setting cannot be used" if len(lines) == 1 else f"these {len(lines)} settings cannot be used"
-        return f"{cls.name}: {head}:\n" + "\n".join(lines.values())
-
-    @classmethod
-    def _mistake(cls, field: str, error: ErrorDetails) -> str:
-        """One mistake: which setting, what was found, what is allowed, what to do."""
-        if error["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, cls.model_fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see sdtune train {cls.name} --help."
-            return f"{field}: {cls.name} has no such setting; {hint}"
-        if error["type"] == "missing":
-            info = cls.model_fields[field]
-            return f"{field}: missing; give {cls.flag(field)}. {info.description}"
-        if error["type"] == "value_error":
-            return f"{field}: {error['ctx']['error']}"
-        return f"{field}: found {_shorten(error['input'])}, wanted {cls.allowed(field)}."
-
-    @classmethod
-    def allowed(cls, field: str) -> str:
-        """What a field accepts, in words: ``a number greater than 0``, ``no or fp16 or bf16``."""
-        info = cls.model_fields[field]
-        kind = _kind(info.annotation)
-        bounds = []
-        for limit in info.metadata:
-            for sign, words in _BOUNDS.items():
-                if getattr(limit, sign, None) is not None:
-                    bounds.append(words.format(getattr(limit, sign)))
-        return " ".join([kind, " and ".join(bounds)]).strip()
-
-
-_BOUNDS = {
-    "gt": "greater than {}",
-    "ge": "of at least {}",
-    "lt": "less than {}",
-    "le": "at most {}",
-    "multiple_of": "in steps of {}",
-    "min_length": "of at least {} characters",
-    "max_length": "of at most {} characters",
-}
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _kind(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Literal:
-        return " or ".join(map(str, typing.get_args(annotation)))
-    if origin is tuple:
-        return "a list, each " + _kind(typing.get_args(annotation)[0])
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_kind(part) for part in typing.get_args(annotation) if part is not type(None))
-    if origin is typing.Annotated:
-        return _kind(typing.get_args(annotation)[0])
-    return _KINDS.get(annotation, str(annotation))
-
-
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _recipe_object(text: str) -> dict[str, Any]:

@@ -11,12 +11,11 @@ from typing import Any
 
 from sdtune.errors import RecipeError
 from sdtune.methods.buckets import STEP, bucket_step
+from sdtune.methods.places import BUCKETS
+from sdtune.methods.places import MOUNT as MOUNT
 
 CHECKPOINTS = (".safetensors", ".ckpt")
 """What a single file with all weights of a model is called."""
-BUCKETS = "gs://"
-MOUNT = "/gcs"
-"""Where Vertex AI mounts buckets: /gcs/bucket/path is gs://bucket/path."""
 
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",

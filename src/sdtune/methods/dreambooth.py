@@ -22,7 +22,9 @@ class DreamBooth(TextEncoderFields, FullFields, TrainingFields, DreamBoothFields
     trainer = "dreambooth"
 
     learning_rate: Annotated[
-        float, Field(gt=0, le=1, description="Peak learning rate of the optimizer."), Tunable(1e-7, 1e-4, log=True)
+        float,
+        Field(gt=0, le=1, description="Peak learning rate of the optimizer."),
+        Tunable(1e-7, 1e-4, log=True, by_default=True),
     ] = 5e-6
 
     def sample_prompts(self) -> tuple[str, ...]:

@@ -100,10 +100,16 @@ class CommonFields(PublishFields):
         Field(ge=64, multiple_of=64, description="Longest side of a bucket. Not given: twice resolution."),
     ] = None
     bucket_no_upscale: Annotated[bool, Field(description="Never enlarge a picture to fill its bucket.")] = False
-    max_train_steps: Annotated[int, Field(ge=1, description="Optimizer steps to train.")] = 400
-    train_batch_size: Annotated[int, Field(ge=1, le=256, description="Pictures per step on each GPU.")] = 1
+    max_train_steps: Annotated[
+        int, Field(ge=1, description="Optimizer steps to train."), Tunable(values=(200, 400, 800))
+    ] = 400
+    train_batch_size: Annotated[
+        int, Field(ge=1, le=256, description="Pictures per step on each GPU."), Tunable(values=(1, 2, 4))
+    ] = 1
     gradient_accumulation_steps: Annotated[
-        int, Field(ge=1, description="Batches whose gradients are added up before one optimizer step.")
+        int,
+        Field(ge=1, description="Batches whose gradients are added up before one optimizer step."),
+        Tunable(values=(1, 2, 4)),
     ] = 1
     gradient_checkpointing: Annotated[
         bool, Field(description="Recompute activations in the backward pass: less memory, slower.")
@@ -115,14 +121,25 @@ class CommonFields(PublishFields):
     seed: Annotated[int, Field(ge=0, lt=2**32, description="Of everything random: the same seed, the same run.")] = 42
 
     learning_rate: Annotated[
-        float, Field(gt=0, le=1, description="Peak learning rate of the optimizer."), Tunable(1e-6, 1e-3, log=True)
+        float,
+        Field(gt=0, le=1, description="Peak learning rate of the optimizer."),
+        Tunable(1e-6, 1e-3, log=True, by_default=True),
     ] = 1e-4
 
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
         Field(description="How the learning rate moves over the run."),
+        Tunable(values=("constant", "linear", "cosine")),
     ] = "constant"
-    lr_warmup_steps: Annotated[int, Field(ge=0, description="Steps over which the learning rate rises from 0.")] = 0
+    lr_warmup_steps: Annotated[
+        int,
+        Field(ge=0, description="Steps over which the learning rate rises from 0."),
+        Tunable(
+            0,
+            100,
+            when=("lr_scheduler", ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")),
+        ),
+    ] = 0
 
     sample_prompt: Annotated[
         tuple[Prompt, ...],
@@ -238,17 +255,30 @@ class TrainingFields(CommonFields):
     optimizer: Annotated[
         Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"],
         Field(description="The optimizer. adamw8bit takes less memory; prodigy finds its own rate: learning rate 1."),
+        Tunable(values=("adamw", "lion")),
     ] = "adamw"
-    lr_num_cycles: Annotated[int, Field(ge=1, description="Rounds of cosine_with_restarts.")] = 1
-    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="Decay of the first moment: AdamW, Prodigy, Lion.")] = (
-        0.9
-    )
-    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of the second moment: AdamW, Prodigy, Lion.")] = (
-        0.999
-    )
-    adam_weight_decay: Annotated[float, Field(ge=0, description="Weight decay of the optimizer.")] = 1e-2
+    lr_num_cycles: Annotated[
+        int,
+        Field(ge=1, description="Rounds of cosine_with_restarts."),
+        Tunable(2, 5, when=("lr_scheduler", ("cosine_with_restarts",))),
+    ] = 1
+    adam_beta1: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Decay of the first moment: AdamW, Prodigy, Lion."),
+        Tunable(0.8, 0.95, when=("optimizer", ("adamw", "adamw8bit", "prodigy", "lion"))),
+    ] = 0.9
+    adam_beta2: Annotated[
+        float,
+        Field(ge=0, lt=1, description="Decay of the second moment: AdamW, Prodigy, Lion."),
+        Tunable(values=(0.95, 0.99, 0.999), when=("optimizer", ("adamw", "adamw8bit", "prodigy", "lion"))),
+    ] = 0.999
+    adam_weight_decay: Annotated[
+        float, Field(ge=0, description="Weight decay of the optimizer."), Tunable(1e-4, 1e-1, log=True)
+    ] = 1e-2
     adam_epsilon: Annotated[float, Field(gt=0, description="Epsilon of AdamW and Prodigy.")] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0, description="Gradients are clipped to this norm.")] = 1.0
+    max_grad_norm: Annotated[
+        float, Field(gt=0, description="Gradients are clipped to this norm."), Tunable(0.1, 2.0, log=True)
+    ] = 1.0
 
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction"] | None,
@@ -260,6 +290,7 @@ class TrainingFields(CommonFields):
     snr_gamma: Annotated[
         float | None,
         Field(gt=0, description="Weight the loss by min-SNR with this gamma; 5.0 in the paper (arXiv:2303.09556)."),
+        Tunable(1.0, 20.0, log=True),
     ] = None
     clip_skip: Annotated[
         int, Field(ge=0, le=8, description="Last layers of the text encoder to leave out; 1 is what web UIs call 2.")
@@ -268,7 +299,9 @@ class TrainingFields(CommonFields):
         int, Field(ge=75, le=225, multiple_of=75, description="Tokens of a caption that are read, in windows of 75.")
     ] = 75
     noise_offset: Annotated[
-        float, Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light.")
+        float,
+        Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light."),
+        Tunable(0.0, 0.1),
     ] = 0.0
 
     @field_validator("optimizer")

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from sdtune.errors import SdtuneError
 from sdtune.methods.sources import File
 
 SUFFIXES: dict[str, str] = {
@@ -125,6 +126,8 @@ def look(file: File, decode: bool) -> Picture | Fault:
             return _too_large("more pixels than any photo")
         except UnidentifiedImageError:
             return _not_an_image(stream, file.size)
+        except SdtuneError:  # of a bucket that cannot be read: it says nothing of the picture
+            raise
         # Fed with broken bytes, a decoder may raise anything: SyntaxError, struct.error, zlib.error, KeyError ...
         except Exception as error:  # noqa: BLE001
             if isinstance(error, MemoryError):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from sdtune.methods.base import Tunable
+from sdtune.methods.base import AVERAGE_LOSS, HELD_OUT_LOSS, Tunable
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.ledger import Layout
 
@@ -15,23 +15,34 @@ from sdtune.methods.ledger import Layout
 class KohyaFields(CommonFields):
     """What sd-scripts' train_network.py is told, whatever the layout of the dataset."""
 
-    network_dim: Annotated[int, Field(ge=1, le=512, description="Rank of the LoRA."), Tunable(4, 128, log=True)] = 16
+    metrics = (HELD_OUT_LOSS, AVERAGE_LOSS)
+
+    network_dim: Annotated[
+        int, Field(ge=1, le=512, description="Rank of the LoRA."), Tunable(4, 128, log=True, by_default=True)
+    ] = 16
     network_alpha: Annotated[
         float | None,
         Field(gt=0, description="The LoRA is scaled by network_alpha / network_dim. Not given: equal to network_dim."),
+        Tunable(1.0, 128.0, log=True),
     ] = None
     network_dropout: Annotated[
-        float, Field(ge=0, lt=1, description="Share of the LoRA's inner values that each step leaves out.")
+        float,
+        Field(ge=0, lt=1, description="Share of the LoRA's inner values that each step leaves out."),
+        Tunable(0.0, 0.3),
     ] = 0.0
     conv_dim: Annotated[
-        int | None, Field(ge=1, le=512, description="Also train the UNet's 3x3 convolutions, with this rank.")
+        int | None,
+        Field(ge=1, le=512, description="Also train the UNet's 3x3 convolutions, with this rank."),
+        Tunable(4, 64, log=True),
     ] = None
     conv_alpha: Annotated[
         float | None,
         Field(gt=0, description="The same as network_alpha for convolutions. Not given: equal to conv_dim."),
     ] = None
 
-    train_text_encoder: Annotated[bool, Field(description="Train a LoRA on the text encoder too.")] = True
+    train_text_encoder: Annotated[
+        bool, Field(description="Train a LoRA on the text encoder too."), Tunable(values=("true", "false"))
+    ] = True
     unet_lr: Annotated[
         float | None,
         Field(gt=0, le=1, description="Learning rate of the UNet. Not given: learning_rate."),
@@ -40,19 +51,26 @@ class KohyaFields(CommonFields):
     text_encoder_lr: Annotated[
         float | None,
         Field(gt=0, le=1, description="Learning rate of the text encoder. Not given: learning_rate."),
-        Tunable(1e-7, 1e-3, log=True),
+        Tunable(1e-7, 1e-3, log=True, when=("train_text_encoder", (True,))),
     ] = None
     optimizer_type: Annotated[
         Literal["AdamW", "AdamW8bit", "Lion", "Lion8bit", "Prodigy", "AdaFactor"],
         Field(description="The optimizer. 8-bit ones need a GPU; Prodigy wants learning_rate 1."),
+        Tunable(values=("AdamW", "Lion")),
     ] = "AdamW"
     optimizer_args: Annotated[
         tuple[str, ...],
         Field(description="An argument of the optimizer, such as weight_decay=0.01 or betas=0.9,0.99; repeatable."),
     ] = ()
-    lr_scheduler_num_cycles: Annotated[int, Field(ge=1, description="How often cosine_with_restarts starts again.")] = 1
+    lr_scheduler_num_cycles: Annotated[
+        int,
+        Field(ge=1, description="How often cosine_with_restarts starts again."),
+        Tunable(1, 5, when=("lr_scheduler", ("cosine_with_restarts",))),
+    ] = 1
     max_grad_norm: Annotated[
-        float, Field(ge=0, description="Gradients are clipped to this norm; 0: they are not clipped.")
+        float,
+        Field(ge=0, description="Gradients are clipped to this norm; 0: they are not clipped."),
+        Tunable(0.1, 2.0, log=True),
     ] = 1.0
 
     v_parameterization: Annotated[
@@ -65,9 +83,12 @@ class KohyaFields(CommonFields):
     min_snr_gamma: Annotated[
         float | None,
         Field(gt=0, description="Weight the loss by min-SNR with this gamma; 5.0 in the paper (arXiv:2303.09556)."),
+        Tunable(1.0, 20.0, log=True),
     ] = None
     noise_offset: Annotated[
-        float, Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light.")
+        float,
+        Field(ge=0, le=1, description="Strength of noise added per picture and channel, for very dark or light."),
+        Tunable(0.0, 0.1),
     ] = 0.0
 
     clip_skip: Annotated[
@@ -85,7 +106,9 @@ class KohyaFields(CommonFields):
         Field(ge=0, description="Parts at the beginning of a caption that are not shuffled, such as its rare word."),
     ] = 0
     caption_dropout_rate: Annotated[
-        float, Field(ge=0, lt=1, description="Share of pictures that are shown without their caption.")
+        float,
+        Field(ge=0, lt=1, description="Share of pictures that are shown without their caption."),
+        Tunable(0.0, 0.2),
     ] = 0.0
 
     flip_aug: Annotated[
@@ -177,7 +200,9 @@ class KohyaDreamBoothLora(KohyaFields):
         Field(min_length=1, description="Regularisation pictures of the class, in folders named <repeats>_<name> too."),
     ] = None
     prior_loss_weight: Annotated[
-        float, Field(gt=0, le=100, description="Weight of the regularisation pictures in the loss.")
+        float,
+        Field(gt=0, le=100, description="Weight of the regularisation pictures in the loss."),
+        Tunable(0.1, 2.0, log=True),
     ] = 1.0
 
     @field_validator("prior_loss_weight")

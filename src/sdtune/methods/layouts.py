@@ -56,7 +56,8 @@ def check_source(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ledger:
-    """The same for any source of files."""
+    """The same for any source of files; workers: not given, as many as the source has a use for."""
+    workers = workers or source.workers
     draft = Draft()
     folder = sort_files(source, draft)
     asked = sorted(_READERS[layout](folder, draft), key=lambda one: one.file.path)

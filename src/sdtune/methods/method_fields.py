@@ -26,7 +26,11 @@ class DreamBoothFields(Method):
         str | None, Field(min_length=1, description="Folder of class pictures; what is missing is drawn by the model.")
     ] = None
     num_class_images: Annotated[int, Field(ge=1, description="Class pictures to train on.")] = 100
-    prior_loss_weight: Annotated[float, Field(gt=0, description="Weight of the class pictures in the loss.")] = 1.0
+    prior_loss_weight: Annotated[
+        float,
+        Field(gt=0, description="Weight of the class pictures in the loss."),
+        Tunable(0.1, 2.0, log=True, when=("with_prior_preservation", (True,))),
+    ] = 1.0
 
     @field_validator("class_prompt", "class_data_dir", "num_class_images", "prior_loss_weight")
     @classmethod
@@ -51,7 +55,9 @@ class CaptionFields(Method):
     """Train on pictures that each have a caption of their own."""
 
     proportion_empty_prompts: Annotated[
-        float, Field(ge=0, lt=1, description="Share of captions replaced by nothing; helps classifier-free guidance.")
+        float,
+        Field(ge=0, lt=1, description="Share of captions replaced by nothing; helps classifier-free guidance."),
+        Tunable(0.0, 0.2),
     ] = 0.0
 
 
@@ -62,9 +68,15 @@ class FullFields(Method):
         Literal["float", "fp16", "bf16"], Field(description="Type of the numbers in the model's files.")
     ] = "fp16"
     use_ema: Annotated[
-        bool, Field(description="Keep and save a moving average of the weights: smoother, for longer runs.")
+        bool,
+        Field(description="Keep and save a moving average of the weights: smoother, for longer runs."),
+        Tunable(values=("true", "false")),
     ] = False
-    ema_decay: Annotated[float, Field(gt=0, lt=1, description="Decay of the moving average.")] = 0.9999
+    ema_decay: Annotated[
+        float,
+        Field(gt=0, lt=1, description="Decay of the moving average."),
+        Tunable(values=(0.99, 0.999, 0.9999), when=("use_ema", (True,))),
+    ] = 0.9999
 
     @field_validator("ema_decay")
     @classmethod
@@ -77,11 +89,13 @@ class FullFields(Method):
 class TextEncoderFields(Method):
     """Train the text encoder beside the UNet."""
 
-    train_text_encoder: Annotated[bool, Field(description="Train the text encoder too.")] = False
+    train_text_encoder: Annotated[
+        bool, Field(description="Train the text encoder too."), Tunable(values=("true", "false"))
+    ] = False
     text_encoder_lr: Annotated[
         float | None,
         Field(gt=0, le=1, description="Learning rate of the text encoder. Not given: learning_rate."),
-        Tunable(1e-6, 1e-3, log=True),
+        Tunable(1e-6, 1e-3, log=True, when=("train_text_encoder", (True,))),
     ] = None
 
     @field_validator("text_encoder_lr")
@@ -95,20 +109,32 @@ class TextEncoderFields(Method):
 class LoraFields(Method):
     """Train low-rank deltas beside frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: Annotated[int, Field(ge=1, le=512, description="Rank of the LoRA matrices."), Tunable(4, 64, log=True)] = 16
+    rank: Annotated[
+        int,
+        Field(ge=1, le=512, description="Rank of the LoRA matrices."),
+        Tunable(4, 64, log=True, by_default=True),
+    ] = 16
     lora_alpha: Annotated[
-        float | None, Field(gt=0, description="The deltas are scaled by lora_alpha / rank. Not given: equal to rank.")
+        float | None,
+        Field(gt=0, description="The deltas are scaled by lora_alpha / rank. Not given: equal to rank."),
+        Tunable(1.0, 64.0, log=True, when=("adapter", ("lora", "loha", "lokr"))),
     ] = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="Dropout on the input of each LoRA.")] = 0.0
+    lora_dropout: Annotated[
+        float, Field(ge=0, lt=1, description="Dropout on the input of each LoRA."), Tunable(0.0, 0.3)
+    ] = 0.0
     target_modules: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         Field(min_length=1, description="Layers of the UNet that get a LoRA, by the end of their names; repeatable."),
     ] = ("to_q", "to_k", "to_v", "to_out.0")
     use_dora: Annotated[
-        bool, Field(description="Also learn the norm of each row of the weights (DoRA, arXiv:2402.09353); slower.")
+        bool,
+        Field(description="Also learn the norm of each row of the weights (DoRA, arXiv:2402.09353); slower."),
+        Tunable(values=("true", "false"), when=("adapter", ("lora",))),
     ] = False
     conv_rank: Annotated[
-        int | None, Field(ge=1, le=512, description="Also train the UNet's 3x3 convolutions, with this rank.")
+        int | None,
+        Field(ge=1, le=512, description="Also train the UNet's 3x3 convolutions, with this rank."),
+        Tunable(4, 64, log=True, when=("adapter", ("lora", "loha", "lokr"))),
     ] = None
     conv_alpha: Annotated[
         float | None, Field(gt=0, description="The same as lora_alpha for convolutions. Not given: equal to conv_rank.")

@@ -43,17 +43,19 @@ class PeftFields(LoraFields):
         Field(
             ge=1, le=512, description="Rank of the matrices; side of the blocks of oft and boft; reflections of hra."
         ),
-        Tunable(4, 64, log=True),
+        Tunable(values=(4, 8, 16, 32, 64), log=True, by_default=True),
     ] = 16
     lora_dropout: Annotated[
         float,
         Field(
             ge=0, lt=1, description="Dropout: on the input of lora, of ranks of loha and lokr, of blocks of oft, boft."
         ),
+        Tunable(0.0, 0.3, when=("adapter", ("lora", "loha", "lokr", "oft", "boft"))),
     ] = 0.0
     adapter: Annotated[
         Literal["lora", "loha", "lokr", "oft", "boft", "hra"],
         Field(description="The kind of adapter; web UIs know all but oft and boft."),
+        Tunable(values=("lora", "loha", "lokr")),
     ] = "lora"
     bias: Annotated[
         Bias, Field(description="Also train the UNet's own biases: all, or those of layers with an adapter.")
@@ -61,7 +63,7 @@ class PeftFields(LoraFields):
     text_encoder_rank: Annotated[
         int | None,
         Field(ge=1, le=512, description="Rank in the text encoder. Not given: rank."),
-        Tunable(4, 64, log=True),
+        Tunable(values=(4, 8, 16, 32, 64), log=True, when=("train_text_encoder", (True,))),
     ] = None
     text_encoder_alpha: Annotated[
         float | None,

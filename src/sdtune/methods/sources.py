@@ -51,6 +51,10 @@ class Source(Protocol):
     def name(self) -> str:
         """Of the folder alone."""
 
+    @property
+    def workers(self) -> int | None:
+        """Threads to look at files with: None for one per core; more where it is waiting, not work."""
+
     def files(self) -> Iterator[File | Obstacle]:
         """Every file at any depth. DatasetError if there is no such place."""
 
@@ -82,6 +86,10 @@ class LocalFolder:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def workers(self) -> int | None:
+        return None
 
     def files(self) -> Iterator[LocalFile | Obstacle]:
         try:

@@ -22,7 +22,9 @@ class TextToImage(FullFields, CaptionFields, TrainingFields):
     trainer = "text_to_image"
 
     learning_rate: Annotated[
-        float, Field(gt=0, le=1, description="Peak learning rate of the optimizer."), Tunable(1e-7, 1e-4, log=True)
+        float,
+        Field(gt=0, le=1, description="Peak learning rate of the optimizer."),
+        Tunable(1e-7, 1e-4, log=True, by_default=True),
     ] = 1e-5
 
 

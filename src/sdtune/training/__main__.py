@@ -1,6 +1,7 @@
 """``python -m sdtune.training train METHOD --dataset=... --output=... --recipe=...``: the entry point of containers.
 
-Tells events on standard output (``sdtune.events``) and ends with 0 only if the result exists.
+Tells events on standard output (``sdtune.events``) and ends with 0 only if the result exists. A second task copies
+models to NFS shares: ``python -m sdtune.training sync-nfs --from=... --nfs=...``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtune import events
-from sdtune.errors import INTERRUPTED, RecipeError, SdtuneError, TrainingError
+from sdtune.errors import INTERRUPTED, PublishError, RecipeError, SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
-from sdtune.training.launch import is_first, is_one_of_several, number_of_gpus, run_in_processes
+from sdtune.training import interrupts, nfs
+from sdtune.training.components.fetch import fetch_drawn, folder_here
+from sdtune.training.components.store import in_store
+from sdtune.training.destinations import Destinations, destinations, find_output, folder_of_run
+from sdtune.training.hypertune import output_of_trial, seed_of_trial, trial_id
+from sdtune.training.launch import (
+    Machines,
+    find_machines,
+    is_first,
+    is_one_of_several,
+    number_of_gpus,
+    run_in_processes,
+)
+from sdtune.training.secrets import read_secrets
 
 if TYPE_CHECKING:
     from sdtune.training.hub import HubRepository
@@ -28,24 +42,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sdtune.training", allow_abbrev=False)
-    parser.add_argument("task", choices=["train"])
-    parser.add_argument("method")
-    parser.add_argument("--dataset", required=True, type=Path)
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--processes", type=int, help="processes that train together; not given: one for each GPU")
-    job, settings = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    job, settings = _parser().parse_known_args(words)
     try:
-        method = find_method(job.method).from_args(settings)
-        # Before torch is imported: what is missing here is told at once.
-        hub = open_accounts(method, job.output) if is_first() else None
-        if job.processes is not None and job.processes < 1:
-            raise RecipeError(f"processes: found {job.processes}, wanted at least 1, or nothing for one for each GPU.")
-        processes = job.processes or number_of_gpus()
-        # kohya's trainer starts them itself, in another Python.
-        if processes > 1 and method.container == "diffusers" and not is_one_of_several():
-            return run_in_processes(processes, sys.argv[1:] if argv is None else argv)
-        run_training(method, job.dataset, job.output, hub, processes)
+        return train(job, settings, words) if job.task == "train" else sync_nfs(job, settings)
     except SdtuneError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -55,6 +55,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         unexpected = TrainingError(f"unexpected {type(error).__name__}: {error}. The traceback is in the log above.")
         return fail(out_of_memory(error) or unexpected)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sdtune.training", allow_abbrev=False)
+    tasks = parser.add_subparsers(dest="task", required=True)
+    job = tasks.add_parser("train", allow_abbrev=False)
+    job.add_argument("method")
+    job.add_argument("--dataset", required=True, help="a folder, or gs://bucket/path")
+    job.add_argument("--output", help="a folder, or gs://bucket/path; not given: AIP_MODEL_DIR, as Vertex AI sets it")
+    job.add_argument("--nfs", action="append", default=[], help="also copy the models to this share; repeatable")
+    job.add_argument(
+        "--processes", type=int, help="processes of this machine that train together; not given: one for each GPU"
+    )
+    job.add_argument(
+        "--trials", action="store_true", help="a trial of a search: the output is OUTPUT/trials/CLOUD_ML_TRIAL_ID"
+    )
+    job.add_argument("--seed-per-trial", action="store_true", help="with --trials: CLOUD_ML_TRIAL_ID is added to seed")
+    copy = tasks.add_parser("sync-nfs", allow_abbrev=False)
+    copy.add_argument("--from", dest="source", required=True, help="the output of a run: gs://bucket/path, or a folder")
+    copy.add_argument("--method", help="the folder on the share; not given: as the run's recipe says")
+    copy.add_argument("--nfs", action="append", required=True, help="where a share is mounted; repeatable")
+    return parser
+
+
+def train(job: argparse.Namespace, settings: Sequence[str], words: Sequence[str]) -> int:
+    """Train, in as many processes as there are GPUs; the exit code."""
+    method = find_method(job.method).from_args(settings)
+    if not is_one_of_several():
+        # Before accounts are tried, and before processes are started, which find them in their environment.
+        read_secrets()
+    if job.seed_per_trial:
+        method = method.model_copy(update={"seed": seed_of_trial(method.seed, trial_id())})
+    output = find_output(job.output)
+    # Where Vertex AI named the output, it is the trial's own already.
+    if job.trials and job.output:
+        output = output_of_trial(output, trial_id())
+    wanted = destinations(output, job.nfs)
+    if is_first():
+        nfs.check_shares(wanted.shares)
+    # Before torch is imported: what is missing here is told at once.
+    hub = open_accounts(method, Path(output)) if is_first() else None
+    if job.processes is not None and job.processes < 1:
+        raise RecipeError(f"processes: found {job.processes}, wanted at least 1, or nothing for one for each GPU.")
+    machines = Machines() if is_one_of_several() else find_machines()
+    if machines.count > 1 and method.container != "diffusers":
+        raise RecipeError(
+            f"{method.name} trains on one machine, and there are {machines.count}; use one with more GPUs."
+        )
+    with folder_of_run(output) as folder:
+        if wanted.address or in_store(job.dataset):
+            interrupts.listen()
+        dataset = folder_here(job.dataset, "dataset")
+        class_data_dir = getattr(method, "class_data_dir", None)
+        if class_data_dir:
+            folder_here(class_data_dir, "class_data_dir")
+        if wanted.address and getattr(method, "with_prior_preservation", False) and not is_one_of_several():
+            fetch_drawn(wanted.address, folder.path)
+        processes = job.processes or number_of_gpus()
+        # kohya's trainer starts them itself, in another Python.
+        several = method.container == "diffusers" and (processes > 1 or machines.count > 1)
+        if several and not is_one_of_several():
+            code = run_in_processes(processes, words, machines)
+            folder.kept = code == PublishError.exit_code
+            return code
+        run_training(method, dataset, folder.path, hub, processes, wanted)
+    return 0
+
+
+def sync_nfs(job: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """Copy the models of a run to NFS shares; the exit code."""
+    if unknown:
+        raise RecipeError(f"argument {unknown[0]!r}: sync-nfs has --from, --method and --nfs.")
+    interrupts.listen()
+    nfs.sync(job.source, job.method, job.nfs)
     return 0
 
 
@@ -68,7 +142,12 @@ def open_accounts(method: CommonFields, output: Path) -> HubRepository | None:
 
 
 def run_training(
-    method: CommonFields, dataset: Path, output: Path, hub: HubRepository | None = None, processes: int = 1
+    method: CommonFields,
+    dataset: Path,
+    output: Path,
+    hub: HubRepository | None = None,
+    processes: int = 1,
+    destinations: Destinations | None = None,
 ) -> None:
     """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
@@ -81,7 +160,7 @@ def run_training(
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
-    with Run.open(method, dataset, output, hub, processes) as run:
+    with Run.open(method, dataset, output, hub, processes, destinations) as run:
         trainer.train(method, run)
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from sdtune import events
 from sdtune.errors import ProjectError, PublishError, RecipeError
 from sdtune.methods.fields import CommonFields, is_hub_id
+from sdtune.methods.places import BUCKETS, MOUNT
 from sdtune.training.launch import is_one_of_several
 from sdtune.training.results import files_of
 
@@ -30,10 +31,10 @@ class HubRepository:
 
     repo_id: str
 
-    def upload(self, output: Path, names: list[str]) -> str:
+    def upload(self, output: Path, names: list[str], kept: str | None = None) -> str:
         """Upload files of ``output``, named by patterns relative to it, in one commit; the address of the repository.
 
-        PublishError: it failed; the result on this machine is whole.
+        kept: where the result stays, if that is not ``output``. PublishError: it failed; there the result is whole.
         """
         disable_progress_bars()
         try:
@@ -41,11 +42,12 @@ class HubRepository:
                 repo_id=self.repo_id, folder_path=output, allow_patterns=names, commit_message="Trained with sdtune"
             )
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
-            words = ["hf", "upload", self.repo_id, str(output), "."]
+            words = ["hf", "upload", self.repo_id, output.name if kept else str(output), "."]
             words += [word for name in names for word in ("--include", name)]
+            fetch = f"\n  {shlex.join(['gcloud', 'storage', 'cp', '--recursive', kept, '.'])}" if kept else ""
             raise PublishError(
-                f"the result is whole in {output}, but its upload to {self.repo_id} failed ({_told(error)}). "
-                f"Try that again with:\n  {shlex.join(words)}"
+                f"the result is whole in {kept or output}, but its upload to {self.repo_id} failed ({_told(error)}). "
+                f"Try that again with:{fetch}\n  {shlex.join(words)}"
             ) from None
         return str(commit.repo_url)
 
@@ -97,13 +99,17 @@ def published_names(
 
     files: names in ``output`` by the kind of artifact. not_ours: files that lay there before the result. Left out are
     the curves, the contact sheet, which shows the training pictures, and the recipe if it names a folder of this
-    machine; the card has all settings.
+    machine or a bucket; the card has all settings.
     """
-    private = any(Path(str(settings[place])).expanduser().exists() for place in PLACES if settings.get(place))
+    private = any(_is_private(str(settings[place])) for place in PLACES if settings.get(place))
     left_out = {"contact_sheet", *(["recipe"] if private else [])}
     told = files_of(output, {kind: names for kind, names in files.items() if kind not in left_out})
     names = [escape(name) for name in told if output / name not in not_ours]
     return [*names, "samples/*"]
+
+
+def _is_private(place: str) -> bool:
+    return place.startswith((BUCKETS, f"{MOUNT}/")) or Path(place).expanduser().exists()
 
 
 def _repository_name(folder: str) -> str:

@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
-from sdtune.methods.base_models import BUCKETS, CHECKPOINTS, locate_base_model
+from sdtune.methods.base_models import CHECKPOINTS, locate_base_model
+from sdtune.methods.places import BUCKETS
 
 SECONDS_TO_WAIT = 5.0
 """For the Hub, which tells the licence of a model that was loaded from there."""

@@ -25,7 +25,8 @@ from sdtune.training.components.processes import ALL, Share
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
-VAE_BATCH = 8
+PIXELS_AT_ONCE = 8 * 512 * 512
+"""Of the pictures that go through the VAE together: it holds 768 numbers for each."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,9 @@ def cache_images(
     encoded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for shape in dict.fromkeys(shapes):
         same = [number for number, one in enumerate(shapes) if one == shape]
-        for start in range(0, len(same), VAE_BATCH):
-            numbers = same[start : start + VAE_BATCH]
+        at_once = max(1, PIXELS_AT_ONCE // (shape[0] * shape[1]))
+        for start in range(0, len(same), at_once):
+            numbers = same[start : start + at_once]
             pixels = [_variants(pictures[number].path, shape, method.random_flip) for number in numbers]
             mean, std = _encode(parts, torch.cat(pixels))
             variants = pixels[0].shape[0]

@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from sdtune.methods.buckets import Shape
 from sdtune.methods.fields import TrainingFields
 from sdtune.methods.images import open_image
-from sdtune.methods.layouts import check
+from sdtune.methods.layouts import check_source
 from sdtune.methods.ledger import Example
+from sdtune.training.components.fetch import source_of
 from sdtune.training.components.model_card import DataCounts
 from sdtune.training.run import Run
 
@@ -41,7 +42,7 @@ def read_dataset(method: TrainingFields, run: Run, prompt: str = "") -> tuple[li
 
     prompt: the caption of pictures that have none.
     """
-    ledger = check(run.dataset, method.layout, decode=False)
+    ledger = check_source(source_of(run.dataset), method.layout, decode=False)
     ledger.raise_for_errors()
     pictures = [Picture.of(run.dataset, example, prompt) for example in ledger.examples]
     method.check_examples(len(pictures))

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from sdtune import events
 from sdtune.methods.fields import CommonFields, PublishFields
 from sdtune.methods.ledger import Layout
+from sdtune.methods.places import BUCKETS
 from sdtune.training.components.base_facts import BaseFacts
 from sdtune.training.components.kohya_metadata import public_name
 
@@ -337,8 +338,8 @@ def _value(value: Any) -> str:
     if isinstance(value, tuple):
         return "<br>".join(_code(_short(str(one))) for one in value)
     if isinstance(value, str):
-        # A folder of this machine is told by its last part.
-        place = PurePath(value).is_absolute() or value.startswith(("~", "./", "../"))
+        # A folder of this machine or of a bucket is told by its last part.
+        place = PurePath(value).is_absolute() or value.startswith(("~", "./", "../", BUCKETS))
         return _code(_short(public_name(value) if place else value))
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 

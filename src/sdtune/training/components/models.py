@@ -23,9 +23,9 @@ from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.base_models import BaseModel
 from sdtune.methods.buckets import bucket_step
 from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.base_model_copy import base_model_here
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
-from sdtune.training.components.store import base_model_here
 from sdtune.training.run import Run
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

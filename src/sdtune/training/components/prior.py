@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from sdtune import events
 from sdtune.errors import DatasetError
 from sdtune.methods.dreambooth import DreamBooth, DreamBoothLora
-from sdtune.methods.layouts import check
+from sdtune.methods.layouts import check_source
 from sdtune.methods.ledger import Layout
 from sdtune.methods.peft import PeftDreamBoothLora
 from sdtune.training.components.dataset import Picture
+from sdtune.training.components.fetch import folder_here, source_of
 from sdtune.training.components.files import publish
 from sdtune.training.components.models import Parts
 from sdtune.training.components.sampling import draw
@@ -44,9 +44,9 @@ def class_pictures(method: PriorMethod, parts: Parts, run: Run) -> list[Picture]
 def _given(method: PriorMethod) -> list[Picture]:
     if method.class_data_dir is None or method.class_prompt is None:
         return []
-    folder = Path(method.class_data_dir)
+    folder = folder_here(method.class_data_dir, "class_data_dir")
     try:
-        ledger = check(folder, Layout.IMAGES, decode=False)
+        ledger = check_source(source_of(folder), Layout.IMAGES, decode=False)
         ledger.raise_for_errors()
     except DatasetError as error:
         raise DatasetError(f"class_data_dir: {error}") from None
@@ -72,8 +72,8 @@ def _drawn(method: PriorMethod, prompt: str, count: int, parts: Parts, run: Run)
     run.tell(events.Phase("class", f"Drawing {count} class pictures of “{prompt}”"))
     for start in range(0, count, AT_ONCE):
         batch = paths[start : start + AT_ONCE]
-        if start // AT_ONCE % run.share.of != run.share.number:
-            continue  # another process draws these
+        if start // AT_ONCE % run.share_of_machine.of != run.share_of_machine.number:
+            continue  # another process of this machine draws these
         # A picture is whole or not there, so what an interrupted run has drawn need not be drawn again.
         if not all(path.exists() for path in batch):
             seeds = [method.seed + CLASS_SEED + start + number for number in range(len(batch))]

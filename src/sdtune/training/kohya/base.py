@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.kohya import KohyaFields
+from sdtune.training.components.base_model_copy import base_model_here
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import clip_vocabulary, config_folder, detect_family
-from sdtune.training.components.store import base_model_here
 from sdtune.training.kohya.shape import Shape, refuse_other_schedule, shape_of
 
 CLIP_L, OPEN_CLIP_H, OPEN_CLIP_G = (

@@ -17,9 +17,10 @@ from typing import Any
 from sdtune.errors import DatasetError
 from sdtune.methods.images import open_image
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
-from sdtune.methods.layouts import KOHYA_SUFFIXES, check
+from sdtune.methods.layouts import KOHYA_SUFFIXES, check_source
 from sdtune.methods.ledger import Example, Layout, Ledger
 from sdtune.training.components.dataset import Picture, first_captions, keep_apart
+from sdtune.training.components.fetch import folder_here, source_of
 
 METADATA = "metadata.json"
 MOST_PROMPTS = 4
@@ -59,7 +60,7 @@ def stage_repeats_folders(folder: Path, method: KohyaDreamBoothLora, target: Pat
     subsets, balance = _stage_folders(folder, trained, target / "train"), ""
     classes: Sequence[Example] = []
     if method.class_data_dir is not None:
-        class_folder = Path(method.class_data_dir)
+        class_folder = folder_here(method.class_data_dir, "class_data_dir")
         try:
             classes = checked(class_folder, Layout.KOHYA).examples
         except DatasetError as error:
@@ -109,10 +110,10 @@ def stage_captioned(folder: Path, method: KohyaFields, target: Path) -> StagedDa
 
 def checked(folder: Path, layout: Layout) -> Ledger:
     """The ledger of a dataset that has no error. (sd-scripts ends with success where it finds nothing to train on.)"""
-    ledger = check(folder, layout, decode=False)
+    ledger = check_source(source_of(folder), layout, decode=False)
     ledger.raise_for_errors()
     if not ledger.examples:
-        raise DatasetError(f"{folder}: no image is left to train on.")
+        raise DatasetError(f"{ledger.root}: no image is left to train on.")
     return ledger
 
 

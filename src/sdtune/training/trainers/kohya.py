@@ -9,6 +9,7 @@ import torch
 
 from sdtune import events
 from sdtune.errors import TrainingError
+from sdtune.methods.base import AVERAGE_LOSS
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields
 from sdtune.training.components.dataset import counted
 from sdtune.training.components.export import write_diffusers_lora
@@ -60,6 +61,7 @@ def train(method: KohyaFields, run: Run) -> None:
 
         def on_averages(averages: Averages) -> None:
             run.draw_scalar("train/avr_loss", averages.avr_loss, averages.step)
+            run.report(AVERAGE_LOSS, averages.avr_loss, averages.step)
 
         run.begin(method)
         averages = run_sd_scripts(
