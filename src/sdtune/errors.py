@@ -44,6 +44,10 @@ class JobError(SdtuneError):
     kind = "job"
 
 
+class CapacityError(JobError):
+    """No machine could be had for the job there; another place may have one."""
+
+
 class TrainingError(SdtuneError):
     """Training itself went wrong: bad base model, loss not finite, nothing learned."""
 

@@ -13,6 +13,7 @@ import pytest
 from sdtune.backends.local.backend import LocalBackend
 from sdtune.backends.registry import open_backend
 from sdtune.errors import ProjectError
+from sdtune.jobs.placement import Placement
 from sdtune.jobs.spec import JobSpec
 
 
@@ -27,13 +28,13 @@ class Scripted(LocalBackend):
         return {**super().render(job), "command": [sys.executable, "-c", self.script, *job.args]}
 
 
-JOB = JobSpec("run", "dreambooth-lora", "diffusers", "/out", ("train", 'a "quoted" $(word)\n'))
+JOB = JobSpec("run", "train", "dreambooth-lora", "diffusers", "/out", ("train", 'a "quoted" $(word)\n'))
 
 
-def run(script: str) -> tuple[list[str], int]:
+def run(script: str) -> tuple[list[str], int | None]:
     backend = Scripted(script)
-    job_id = backend.submit(JOB)
-    return [line.text for line in backend.logs(job_id)], backend.wait(job_id).exit_code
+    job_id = backend.submit(JOB).job_id
+    return [line.text for line in backend.follow(job_id)], backend.wait(job_id).exit_code
 
 
 def test_the_job_gets_the_arguments_of_a_container_and_no_shell() -> None:
@@ -66,8 +67,8 @@ def test_cancel_stops_the_job(stubborn: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sdtune.backends.local.backend.SECONDS_TO_STOP", 0.5)
     ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " if stubborn else ""
     backend = Scripted(f"{ignore}import time; print('up', flush=True); time.sleep(60)")
-    job_id = backend.submit(JOB)
-    assert next(backend.logs(job_id)).text == "up"
+    job_id = backend.submit(JOB).job_id
+    assert next(backend.follow(job_id)).text == "up"
     started = time.monotonic()
     backend.cancel(job_id)
     assert time.monotonic() - started < 20
@@ -102,10 +103,10 @@ def test_names_in_a_folder(tmp_path: Path) -> None:
 )
 def test_where_a_result_can_go(tmp_path: Path, folder: str, can: bool) -> None:
     (tmp_path / "file").write_text("")
-    assert LocalBackend().can_write(str(tmp_path / folder)) is can
+    assert (LocalBackend().why_not_written(str(tmp_path / folder)) is None) is can
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ProjectError, match="no backend is called 'moon'; there are: local"):
-        open_backend("moon")
+    with pytest.raises(ProjectError, match="no backend is called 'moon'; there are: local, vertex"):
+        open_backend("moon", Placement())

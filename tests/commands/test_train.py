@@ -1,42 +1,18 @@
-"""The use case: everything checked before anything starts, and no run believed that left no result."""
+"""The use case: everything is checked before anything starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdtune import events
 from sdtune.backends.local.backend import LocalBackend
-from sdtune.commands.train import TrainingPlan, plan_train, train
-from sdtune.errors import DatasetError, JobError, RecipeError, TrainingError
-from sdtune.jobs.backend import JobEnd, LogLine
-from sdtune.jobs.spec import JobSpec
+from sdtune.commands.train import TrainingPlan, plan_train
+from sdtune.errors import DatasetError, RecipeError
 from sdtune.methods.dreambooth import DreamBoothLora
-
-FINISHED = events.to_line(events.Finished(1.0, 4, 0.5, 0.01))
-
-
-class Tape(LocalBackend):
-    """A backend that plays recorded lines and an exit code."""
-
-    def __init__(self, *lines: str, exit_code: int = 0) -> None:
-        super().__init__()
-        self.lines, self.exit_code, self.cancelled = lines, exit_code, False
-
-    def submit(self, job: JobSpec) -> str:
-        return "1"
-
-    def logs(self, job_id: str) -> Iterator[LogLine]:
-        yield from map(LogLine, self.lines)
-
-    def wait(self, job_id: str) -> JobEnd:
-        return JobEnd(self.exit_code)
-
-    def cancel(self, job_id: str) -> None:
-        self.cancelled = True
+from sdtune.methods.ledger import Finding
 
 
 @pytest.fixture
@@ -44,9 +20,15 @@ def plan(pictures: Callable[..., Path], settings: dict[str, Any], tmp_path: Path
     return plan_train(DreamBoothLora, settings, str(pictures()), str(tmp_path / "out"), LocalBackend())
 
 
+def warnings(plan: TrainingPlan) -> tuple[Finding, ...]:
+    assert plan.ledger
+    return plan.ledger.warnings
+
+
 def test_a_plan_writes_nothing(plan: TrainingPlan, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     assert plan.job.name == "out"
+    assert plan.ledger
     assert len(plan.ledger.examples) == 3
 
 
@@ -55,10 +37,10 @@ def test_the_dataset_is_checked_at_the_base_models_own_resolution(
 ) -> None:
     small = str(pictures(side=100, name="small"))
     plan = plan_train(DreamBoothLora, settings, small, str(tmp_path / "out"), LocalBackend())
-    assert {finding.code for finding in plan.ledger.warnings} == {"small"}
+    assert {finding.code for finding in warnings(plan)} == {"small"}
     settings["resolution"] = 64
     plan = plan_train(DreamBoothLora, settings, small, str(tmp_path / "out"), LocalBackend())
-    assert not plan.ledger.warnings
+    assert not warnings(plan)
 
 
 def test_every_mistake_is_told_at_once(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -114,52 +96,6 @@ def test_a_finished_run_is_not_overwritten_unasked(
     with pytest.raises(RecipeError, match="already holds a finished run; choose another --output or add --overwrite"):
         plan_train(DreamBoothLora, settings, data, str(out), LocalBackend())
     assert plan_train(DreamBoothLora, settings, data, str(out), LocalBackend(), overwrite=True)
-
-
-def test_events_and_lines_come_through(plan: TrainingPlan) -> None:
-    note = events.Note("hello")
-    assert list(train(plan, Tape("a line", events.to_line(note), FINISHED))) == [
-        LogLine("a line"),
-        note,
-        events.parse(FINISHED),
-    ]
-
-
-def test_the_trainers_own_error_is_raised_as_it_was(plan: TrainingPlan) -> None:
-    failed = events.to_line(events.Failed("training", "the loss was nan at step 3"))
-    with pytest.raises(TrainingError, match="the loss was nan at step 3"):
-        list(train(plan, Tape(failed, exit_code=5)))
-
-
-@pytest.mark.parametrize(
-    ("exit_code", "lines", "words"),
-    [
-        (0, ["all good"], "ended with exit code 0 and without its result"),
-        (1, ["Boom"], "ended with exit code 1"),
-        (-9, [], "was killed .signal 9., most often because the machine ran out of memory"),
-        (-11, [], "was ended by signal 11"),
-        (1, [FINISHED], "ended with exit code 1"),
-    ],
-)
-def test_a_run_without_a_result_has_failed(plan: TrainingPlan, exit_code: int, lines: list[str], words: str) -> None:
-    with pytest.raises(JobError, match=words) as caught:
-        list(train(plan, Tape(*lines, exit_code=exit_code)))
-    for line in lines:
-        assert line == FINISHED or f"| {line}" in str(caught.value)
-
-
-def test_leaving_early_stops_the_job(plan: TrainingPlan) -> None:
-    tape = Tape("one", "two", FINISHED)
-    stream = train(plan, tape)
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert tape.cancelled
-
-
-def test_a_run_that_ends_well_is_not_cancelled(plan: TrainingPlan) -> None:
-    tape = Tape(FINISHED)
-    list(train(plan, tape))
-    assert not tape.cancelled
 
 
 def test_class_pictures_are_checked_and_found_from_anywhere(

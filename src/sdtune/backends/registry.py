@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
-
 from sdtune.errors import ProjectError
+from sdtune.jobs.archive import JobArchive
 from sdtune.jobs.backend import Backend
+from sdtune.jobs.builder import Builder
+from sdtune.jobs.findings import Check
+from sdtune.jobs.placement import Placement
+from sdtune.jobs.provisioner import Provisioner
 
-BACKENDS = {"local": "sdtune.backends.local.backend:LocalBackend"}
+BACKENDS = ("local", "vertex")
 
 
-def open_backend(name: str) -> Backend:
-    """The backend called ``name``."""
-    if name not in BACKENDS:
-        raise ProjectError(f"no backend is called {name!r}; there are: {', '.join(BACKENDS)}.")
-    module, _, backend = BACKENDS[name].partition(":")
-    opened: Backend = getattr(importlib.import_module(module), backend)()
-    return opened
+def open_backend(name: str, placement: Placement, *, offline: bool = False) -> Backend:
+    """The backend called ``name``; offline: it makes no call."""
+    if name == "local":
+        from sdtune.backends.local.backend import LocalBackend
+
+        return LocalBackend(offline)
+    if name == "vertex":
+        from sdtune.backends.vertex.backend import VertexBackend
+
+        return VertexBackend(placement.in_project(), offline)
+    raise ProjectError(f"no backend is called {name!r}; there are: {', '.join(BACKENDS)}.")
+
+
+def open_archive(placement: Placement) -> JobArchive:
+    """The jobs that were sent to Vertex AI."""
+    from sdtune.backends.vertex.jobs import VertexJobs
+
+    return VertexJobs(placement)
+
+
+def open_checks(name: str, placement: Placement) -> list[Check]:
+    """What can be asked about the backend called ``name``."""
+    if name == "local":
+        from sdtune.backends.local.checks import local_checks
+
+        return local_checks()
+    from sdtune.backends.vertex.checks import vertex_checks
+
+    return vertex_checks(placement.in_project())
+
+
+def open_builder(placement: Placement) -> Builder:
+    """Where images are built."""
+    from sdtune.backends.vertex.builds import VertexBuilder
+
+    return VertexBuilder(placement.in_project())
+
+
+def open_provisioner(placement: Placement) -> Provisioner:
+    """Where a project is set up."""
+    from sdtune.backends.vertex.setup import VertexSetup
+
+    return VertexSetup(placement.in_project())

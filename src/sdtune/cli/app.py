@@ -17,8 +17,15 @@ class Commands(LazyGroup):
     """Every command of ``sdtune``: its module is imported when it is used, so that help answers at once."""
 
     commands_at: ClassVar = {
-        "train": ("sdtune.cli.train", "Fine-tune a model: sdtune train METHOD --dataset DIR --output DIR."),
+        "init": ("sdtune.cli.init", "Write a commented sdtune.yaml for this project."),
+        "setup": ("sdtune.cli.setup", "Make what a project lacks: APIs, a repository for images, a bucket."),
+        "doctor": ("sdtune.cli.doctor", "Check what jobs need, each point with the command that mends it."),
+        "machines": ("sdtune.cli.machines", "The GPUs and machine types, and what can be trained on them."),
+        "build": ("sdtune.cli.build", "Build the images that jobs run in: sdtune build --all."),
         "validate": ("sdtune.cli.validate", "Check a dataset as `train` would, file by file."),
+        "train": ("sdtune.cli.train", "Fine-tune a model: sdtune train METHOD --dataset DIR --output DIR."),
+        "jobs": ("sdtune.cli.jobs", "What runs in the cloud: list, show, logs, cancel, open."),
+        "sync-nfs": ("sdtune.cli.sync_nfs", "Copy trained models from a bucket to a Filestore share."),
         "convert": ("sdtune.cli.convert", "Turn a LoRA into another form: diffusers, kohya, PEFT."),
     }
 

@@ -9,72 +9,64 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic.fields import FieldInfo
 
 from sdtune.errors import RecipeError
-from sdtune.methods.base import Method
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields, PublishFields
+from sdtune.methods.settings import Settings, read_settings
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
-def method_parameters(method: type[Method], taken: set[str]) -> list[inspect.Parameter]:
+def parameters_of(settings: type[Settings], taken: set[str]) -> list[inspect.Parameter]:
     """One keyword parameter per field. None stands for "not typed", so that a recipe's value is not hidden.
 
-    Values stay text: the Method parses them, and so reports all mistakes together, wherever they were made.
-    taken: names of the command's own options, which no field may carry.
+    Values stay text: the Settings parse them, and so report all mistakes together, wherever they were made.
+    taken: names of the command's other options, which no field may carry.
     """
-    clash = taken & set(method.model_fields)
+    clash = taken & set(settings.model_fields)
     if clash:
-        raise TypeError(f"{method.__name__}: fields {sorted(clash)} are named like options of the command")
+        raise TypeError(f"{settings.__name__}: fields {sorted(clash)} are named like other options of the command")
     # What is trained first, where it is shown last.
-    fields = sorted(method.model_fields.items(), key=lambda field: field[0] in PublishFields.model_fields)
+    fields = sorted(settings.model_fields.items(), key=lambda field: field[0] in PublishFields.model_fields)
     return [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(method, name, info))
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(settings, name, info))
         for name, info in fields
     ]
 
 
-def typed_settings(method: type[Method], arguments: dict[str, Any]) -> dict[str, Any]:
+def typed_settings(settings: type[Settings], arguments: dict[str, Any]) -> dict[str, Any]:
     """The settings that were typed; an option that was not given is not among them."""
-    return {name: arguments[name] for name in method.model_fields if arguments[name] not in (None, [])}
+    return {name: arguments[name] for name in settings.model_fields if arguments[name] not in (None, [])}
 
 
 def read_config(path: Path | None, method: type[CommonFields]) -> dict[str, Any]:
     """The settings of a YAML recipe. RecipeError if it is not one, or one of another method."""
     if path is None:
         return {}
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"config: {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"config: {path} is not YAML: {error}") from None
-    if recipe is None:
-        return {}
-    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise RecipeError(f"config: {path} holds a {type(recipe).__name__}; wanted lines of the form `setting: value`.")
+    recipe = read_settings(path, "config")
     named = recipe.pop("method", method.name)
     if find_method(str(named)) is not method:
         raise RecipeError(f"config: {path} is a recipe of {named}; run it with: sdtune train {named} --config {path}")
     return recipe
 
 
-def _option(method: type[Method], name: str, info: FieldInfo) -> Any:
+def _option(settings: type[Settings], name: str, info: FieldInfo) -> Any:
     kind = _plain(info.annotation)
+    shown = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     help_text = info.description or ""
     if info.is_required():
         help_text += "  [required]"
     elif info.default not in (None, (), ""):
-        help_text += f"  [default: {_shown(info.default)}]"
+        help_text += f"  [default: {shown.get('default') or _shown(info.default)}]"
     if kind is bool:
-        flag = method.flag(name)
+        flag = settings.flag(name)
         switches = f"{flag}/{flag.replace('--', '--no-', 1)}"
         return Annotated[bool | None, typer.Option(switches, help=help_text, show_default=False)]
     repeated = typing.get_origin(kind) is tuple
-    option = typer.Option(method.flag(name), help=help_text, metavar=_metavar(kind), show_default=False)
+    metavar = str(shown.get("metavar") or _metavar(kind))
+    option = typer.Option(settings.flag(name), help=help_text, metavar=metavar, show_default=False)
     return Annotated[list[str] | None, option] if repeated else Annotated[str | None, option]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -17,13 +16,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sdtune import events
-from sdtune.cli import ledger_view, run_view
+from sdtune.cli import job_view, ledger_view, plan_view, run_view
 from sdtune.cli.words import count
 from sdtune.commands.convert import Conversion, LoraSummary
+from sdtune.commands.running import Said
+from sdtune.commands.sync_nfs import CopyPlan
 from sdtune.commands.train import TrainingPlan
 from sdtune.errors import SdtuneError
-from sdtune.jobs.backend import LogLine
-from sdtune.methods.buckets import bucket_table
+from sdtune.jobs.archive import JobRecord
+from sdtune.jobs.backend import Backend, LogLine, StateChange, Submitted
 from sdtune.methods.ledger import Ledger
 
 ProgressCall = Callable[[int, int], None]
@@ -37,7 +38,11 @@ class Console(ABC):
         """What will happen."""
 
     @abstractmethod
-    def rendered(self, rendered: dict[str, Any]) -> None:
+    def copy_plan(self, plan: CopyPlan, place: str) -> None:
+        """What will be copied."""
+
+    @abstractmethod
+    def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
         """What a backend would start, for ``--dry-run``."""
 
     @abstractmethod
@@ -49,16 +54,32 @@ class Console(ABC):
         """Progress of a dataset check; call what it yields with (images done, images in all)."""
 
     @abstractmethod
-    def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
+    def follow(self, stream: Iterable[Said]) -> None:
         """Show a run as it goes, then where its result is."""
+
+    @abstractmethod
+    def jobs(self, records: Iterable[JobRecord]) -> None:
+        """A list of jobs."""
+
+    @abstractmethod
+    def job(self, record: JobRecord, details: dict[str, Any]) -> None:
+        """One job. details: all that its place knows."""
+
+    @abstractmethod
+    def say(self, text: str, **fields: Any) -> None:
+        """A sentence that a command ends with; fields: the same for programs."""
 
     @abstractmethod
     def conversion(self, conversion: Conversion) -> None:
         """What was read of a LoRA, and where it was written."""
 
     @abstractmethod
-    def stopped(self) -> None:
-        """The run was stopped by the user."""
+    def left(self, submitted: Submitted | None) -> None:
+        """The user has left: a job that goes on by itself, or the run has been stopped."""
+
+    @abstractmethod
+    def read_again(self, submitted: Submitted) -> None:
+        """A job has ended badly: where all that it said can be read."""
 
     @abstractmethod
     def error(self, error: SdtuneError) -> None:
@@ -83,10 +104,13 @@ class JsonConsole(Console):
             "plan", place=place, job=plan.job.name, output=plan.job.output, shapes=shapes,
             settings=plan.method.settings(),
         )  # fmt: skip
-        if plan.base_model.note:
-            self._line(**events.to_dict(events.Note(plan.base_model.note, "warning")))
+        for note in plan.notes:
+            self._line(**events.to_dict(events.Note(note, "warning")))
 
-    def rendered(self, rendered: dict[str, Any]) -> None:
+    def copy_plan(self, plan: CopyPlan, place: str) -> None:
+        self._line("plan", place=place, job=plan.job.name, source=plan.source, method=plan.method, shares=plan.shares)
+
+    def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
         self._line("dry_run", **rendered)
 
     def ledger(self, ledger: Ledger, every_file: bool = False) -> None:
@@ -99,18 +123,42 @@ class JsonConsole(Console):
     def checking(self) -> Iterator[ProgressCall]:
         yield lambda done, total: self._line("progress", name="check", done=done, total=total)
 
-    def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
+    def follow(self, stream: Iterable[Said]) -> None:
         for item in stream:
-            if isinstance(item, LogLine):
-                self._line("log", text=item.text)
-            else:
-                self._line(**events.to_dict(item))
+            match item:
+                case LogLine():
+                    time = item.time.isoformat() if item.time else None
+                    known = {"time": time, "replica": item.replica or None}
+                    more = {name: value for name, value in known.items() if value}
+                    self._line("log", text=item.text, severity=item.severity, **more)
+                case StateChange():
+                    self._line("state", **asdict(item))
+                case Submitted():
+                    self._line("submitted", **asdict(item))
+                case _:
+                    self._line(**events.to_dict(item))
+
+    def jobs(self, records: Iterable[JobRecord]) -> None:
+        for record in records:
+            self._line("job", **job_view.as_json(record))
+
+    def job(self, record: JobRecord, details: dict[str, Any]) -> None:
+        self._line("job", **job_view.as_json(record), details=details)
+
+    def say(self, text: str, **fields: Any) -> None:
+        self._line("said", text=text, **fields)
 
     def conversion(self, conversion: Conversion) -> None:
         self._line("conversion", **asdict(conversion))
 
-    def stopped(self) -> None:
-        self._line("stopped")
+    def left(self, submitted: Submitted | None) -> None:
+        if submitted:
+            self._line("left", **asdict(submitted))
+        else:
+            self._line("stopped")
+
+    def read_again(self, submitted: Submitted) -> None:
+        """Programs know it from the event ``submitted``."""
 
     def error(self, error: SdtuneError) -> None:
         self._line("error", kind=error.kind, text=str(error), exit_code=error.exit_code)
@@ -123,31 +171,14 @@ class HumanConsole(Console):
         self.out = RichConsole(highlight=False, soft_wrap=True)
 
     def plan(self, plan: TrainingPlan, place: str) -> None:
-        method = plan.method
-        pictures = method.train_batch_size * method.gradient_accumulation_steps
-        size = f" at {plan.resolution} px" if plan.resolution else ""
-        shapes = plan.shapes
-        self.out.print(f"[bold]{method.name}[/bold] on {place}")
-        shown = count(len(plan.ledger.examples), "picture")
-        for name, value in (
-            ("base model", method.base_model + (f" at {method.revision}" if method.revision else "")),
-            ("dataset", f"{shown}{size} from {plan.ledger.root}"),
-            ("shapes", bucket_table(shapes) if len(set(shapes)) > 1 else ""),
-            (
-                "training",
-                f"{count(method.max_train_steps, 'step')} of {count(pictures, 'picture')}, seed {method.seed}",
-            ),
-            ("output", plan.job.output),
-        ):
-            if value:
-                self.out.print(f"  {name:<12}{escape(str(value))}")
-        if plan.base_model.note:
-            self.out.print(f"[yellow]warning:[/] {escape(plan.base_model.note)}")
+        plan_view.show(self.out, plan, place)
 
-    def rendered(self, rendered: dict[str, Any]) -> None:
+    def copy_plan(self, plan: CopyPlan, place: str) -> None:
+        plan_view.show_copy(self.out, plan, place)
+
+    def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
         self.out.print("\nNothing was started. This would run:")
-        environment = [f"{name}={value}" for name, value in rendered["environment"].items()]
-        self.out.print("  " + escape(" ".join(shlex.quote(word) for word in [*environment, *rendered["command"]])))
+        self.out.print(backend.as_text(rendered), markup=False)
 
     def ledger(self, ledger: Ledger, every_file: bool = False) -> None:
         ledger_view.show(self.out, ledger, every_file)
@@ -159,7 +190,7 @@ class HumanConsole(Console):
             task = progress.add_task("check", total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
-    def follow(self, stream: Iterable[events.Event | LogLine]) -> None:
+    def follow(self, stream: Iterable[Said]) -> None:
         run_view.follow(self.out, stream)
 
     def conversion(self, conversion: Conversion) -> None:
@@ -176,8 +207,24 @@ class HumanConsole(Console):
         for note in conversion.notes:
             self.out.print(f"[yellow]note:[/] {note}")
 
-    def stopped(self) -> None:
-        self.out.print("[yellow]Stopped.[/] The run was ended and left no result.")
+    def jobs(self, records: Iterable[JobRecord]) -> None:
+        job_view.table(self.out, records)
+
+    def job(self, record: JobRecord, details: dict[str, Any]) -> None:
+        job_view.show(self.out, record)
+
+    def say(self, text: str, **fields: Any) -> None:
+        self.out.print(escape(text))
+
+    def left(self, submitted: Submitted | None) -> None:
+        if submitted:
+            self.out.print(f"[yellow]Job {submitted.number} goes on[/] without this terminal.")
+            job_view.how_to_return(self.out, submitted)
+        else:
+            self.out.print("[yellow]Stopped.[/] The run was ended and left no result.")
+
+    def read_again(self, submitted: Submitted) -> None:
+        self.out.print(f"All that the job said: sdtune jobs logs {submitted.number} --region {submitted.region}")
 
     def error(self, error: SdtuneError) -> None:
         RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable
 
@@ -12,9 +13,15 @@ from rich.table import Column
 from rich.text import Text
 
 from sdtune import events
+from sdtune.cli import job_view
 from sdtune.cli.words import duration
-from sdtune.jobs.backend import LogLine
+from sdtune.commands.running import Said
+from sdtune.jobs.backend import LogLine, StateChange, Submitted
+from sdtune.methods.places import BUCKETS
 
+FIRST_REPLICA = "workerpool0-0"
+SEVERITY = {"info": "dim", "warning": "yellow", "error": "red"}
+OUTCOMES = {"copied": "[green]copied[/]", "equal": "[dim]there  [/]", "failed": "[bold red]failed[/]"}
 SECONDS_BETWEEN_LINES = 10.0
 MEANING = {
     "model": "for diffusers: from_pretrained",
@@ -31,7 +38,7 @@ MEANING = {
 }
 
 
-def follow(out: RichConsole, stream: Iterable[events.Event | LogLine]) -> None:
+def follow(out: RichConsole, stream: Iterable[Said]) -> None:
     """Show the run; a bar on a terminal, a line now and then elsewhere."""
     view = _Bars(out) if out.is_terminal else _Lines(out)
     artifacts: list[events.Artifact] = []
@@ -39,14 +46,22 @@ def follow(out: RichConsole, stream: Iterable[events.Event | LogLine]) -> None:
     with view:
         for item in stream:
             match item:
-                case LogLine(text=text):
-                    out.print(Text(text, style="dim"))
+                case LogLine(text=text, severity=severity, replica=replica):
+                    told_by = "" if replica in ("", FIRST_REPLICA) else f"{replica}: "
+                    out.print(Text(told_by + text, style=SEVERITY[severity]))
+                case StateChange(text=text, seconds=seconds):
+                    out.print(f"[dim]{duration(seconds):>10}[/]  {escape(text)}")
+                case Submitted():
+                    job_view.submitted(out, item)
                 case events.Note(text=text, level=level):
                     out.print(f"[yellow]warning:[/] {escape(text)}" if level == "warning" else escape(text))
                 case events.Measure(name=name, step=step, value=value):
                     out.print(f"  {name.replace('_', ' ')} after step {step}: {value:.4f}")
                 case events.Artifact():
                     artifacts.append(item)
+                case events.Copy(path=path, outcome=outcome, why=why):
+                    said = f"{OUTCOMES[outcome]}  {escape(path)}" + (f"  {escape(why)}" if why else "")
+                    out.print(f"  {said}")
                 case events.Finished():
                     finished = item
                 case _:
@@ -61,6 +76,13 @@ def _result(out: RichConsole, finished: events.Finished, artifacts: list[events.
     for artifact in artifacts:
         meaning = MEANING.get(artifact.kind, artifact.kind)
         out.print(f"  {escape(artifact.path):<{width}}  [dim]{meaning}[/]")
+    recipe = next((artifact.path for artifact in artifacts if artifact.kind == "recipe"), "")
+    if recipe.startswith(BUCKETS):
+        folder = escape(shlex.quote(recipe.rpartition("/")[0]))
+        out.print(f"Bring it here:    gcloud storage cp -r {folder} .")
+        out.print(
+            f"Onto a share:     sdtune sync-nfs --from {folder} --nfs SERVER:/PATH=/mnt/nfs/NAME --network NETWORK"
+        )
 
 
 class _Figures(ProgressColumn):

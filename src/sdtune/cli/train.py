@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sdtune.backends.registry import BACKENDS, open_backend
-from sdtune.cli.options import method_parameters, read_config, typed_settings
-from sdtune.cli.output import open_console
-from sdtune.commands.train import plan_train, train
-from sdtune.errors import INTERRUPTED
+from sdtune.backends.registry import BACKENDS, open_builder
+from sdtune.cli.following import run_and_follow
+from sdtune.cli.options import parameters_of, read_config, typed_settings
+from sdtune.cli.sections import sectioned
+from sdtune.cli.session import JsonOption, Session, open_session
+from sdtune.commands.build import image_note
+from sdtune.commands.train import plan_train
+from sdtune.jobs.placement import Placement
+from sdtune.jobs.project import from_environment
 from sdtune.methods.catalog import ALIASES, METHODS
-from sdtune.methods.fields import CommonFields
+from sdtune.methods.fields import CommonFields, PublishFields
 
 
 class Methods(TyperGroup):
@@ -38,70 +42,104 @@ def run(
     *,
     dataset: str | None,
     output: str | None,
-    backend: str,
+    backend: str | None,
     config: Path | None,
     overwrite: bool,
+    detach: bool,
     dry_run: bool,
     json: bool,
-    **settings: Any,
+    **arguments: Any,
 ) -> None:
     """Check, show the plan, start, follow."""
-    console = open_console(json)
-    place = open_backend(backend)
-    wanted = {**read_config(config, method), **typed_settings(method, settings)}
+    recipe = read_config(config, method)
+    places = {**recipe, **from_environment(("dataset", "output"))}
+    dataset, output = dataset or places.get("dataset"), output or places.get("output")
+    for name in ("dataset", "output"):
+        recipe.pop(name, None)
+    session = open_session(arguments, recipe, backend=backend, output=output, json=json, dry_run=dry_run)
+    console = session.console
     with console.checking() as progress:
         plan = plan_train(
-            method, wanted, dataset, output, place, overwrite=overwrite, progress=progress, show=console.ledger
-        )
-    console.plan(plan, place.place)
+            method, {**recipe, **typed_settings(method, arguments)}, dataset, output, session.backend,
+            placement=session.placement, mistakes=session.mistakes, overwrite=overwrite,
+            progress=progress, show=console.ledger, remark=lambda container: remark(session, container),
+        )  # fmt: skip
+    console.plan(plan, session.backend.place)
     if dry_run:
-        console.rendered(plan.rendered)
+        console.rendered(plan.rendered, session.backend)
         return
-    try:
-        console.follow(train(plan, place))
-    except KeyboardInterrupt:
-        console.stopped()
-        raise typer.Exit(INTERRUPTED) from None
+    run_and_follow(session, plan.job, plan.uploads, detach=detach)
+
+
+def remark(session: Session, container: str) -> str | None:
+    """What should be known of the image; nothing where none is needed, or nobody may be asked."""
+    if session.placement is None or session.offline:
+        return None
+    return image_note(open_builder(session.placement), session.placement, container)
 
 
 JOB_OPTIONS = {
     "dataset": Annotated[
-        str | None, typer.Option("--dataset", help="Folder with the training pictures.  [required]", metavar="DIR")
+        str | None,
+        typer.Option("--dataset", help="Folder with the training pictures, here or gs://.  [required]", metavar="DIR"),
     ],
     "output": Annotated[
         str | None,
-        typer.Option("--output", help="Folder for the result; made if it is not there.  [required]", metavar="DIR"),
+        typer.Option(
+            "--output", help="Folder for the result, here or gs://; made if it is not there.  [required]", metavar="DIR"
+        ),
     ],
-    "backend": Annotated[str, typer.Option(help="Where to train.", metavar=f"[{'|'.join(BACKENDS)}]")],
+    "backend": Annotated[
+        str | None,
+        typer.Option(
+            help="Where to train. Not given: local, or vertex if the output is gs://.",
+            metavar=f"[{'|'.join(BACKENDS)}]",
+        ),
+    ],
     "config": Annotated[
         Path | None, typer.Option("--config", help="YAML recipe; what is typed wins over it.", metavar="FILE")
     ],
     "overwrite": Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the output folder.")],
+    "detach": Annotated[bool, typer.Option("--detach", help="Submit the job and do not wait for it.")],
     "dry_run": Annotated[bool, typer.Option("--dry-run", help="Check, show what would run, and start nothing.")],
-    "json": Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")],
+    "json": JsonOption,
 }
-DEFAULTS = {"backend": "local", "overwrite": False, "dry_run": False, "json": False}
+DEFAULTS = {"overwrite": False, "detach": False, "dry_run": False, "json": False}
 
 
 def command(method: type[CommonFields]) -> Any:
-    """The command of one method: the job's options, then the method's settings."""
+    """The command of one method: the job's options, the method's settings, then where in the cloud."""
 
     def train_method(**arguments: Any) -> None:
         run(method, **arguments)
 
     job_parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=option,
-            default=DEFAULTS.get(name),
-        )
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=DEFAULTS.get(name))
         for name, option in JOB_OPTIONS.items()
     ]
-    parameters = [*job_parameters, *method_parameters(method, taken=set(JOB_OPTIONS))]
+    taken = {*JOB_OPTIONS, *Placement.model_fields}
+    parameters = [
+        *job_parameters,
+        *parameters_of(method, taken=taken),
+        *parameters_of(Placement, taken=set(JOB_OPTIONS)),
+    ]
     train_method.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return train_method
 
 
+def sections(method: type[CommonFields]) -> dict[str, set[str]]:
+    """The headings in the help of a method's command."""
+    shown = set(PublishFields.model_fields)
+    return {
+        "Job": set(JOB_OPTIONS),
+        "Training": set(method.model_fields) - shown,
+        "Publishing": shown,
+        "Google Cloud, for jobs on Vertex AI": set(Placement.model_fields),
+        "Options": {"help"},
+    }
+
+
 for method in METHODS.values():
-    app.command(method.name, help=method.summary, short_help=method.summary)(command(method))
+    app.command(method.name, help=method.summary, short_help=method.summary, cls=sectioned(sections(method)))(
+        command(method)
+    )

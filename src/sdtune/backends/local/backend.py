@@ -4,56 +4,47 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
+from sdtune.backends.places import Places
 from sdtune.errors import ProjectError
-from sdtune.jobs.backend import JobEnd, LogLine
+from sdtune.jobs.backend import JobEnd, LogLine, Submitted
+from sdtune.jobs.environment import ENVIRONMENT
 from sdtune.jobs.spec import JobSpec
 
-# A library's own bars and hints would drown the run's progress. UTF-8 whatever the terminal's locale says.
-ENVIRONMENT = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONUTF8": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 SECONDS_TO_STOP = 15.0
 
 
-class LocalBackend:
+class LocalBackend(Places):
     """Jobs as child processes."""
 
-    name = "local"
+    name: ClassVar[str] = "local"
+    outlives: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, offline: bool = False) -> None:
+        super().__init__(offline)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def place(self) -> str:
         return f"this machine ({', '.join([*_gpus(), f'{os.cpu_count()} CPU cores'])})"
 
-    def resolve(self, path: str) -> str:
-        return str(Path(path).expanduser().resolve())
-
-    def list_names(self, folder: str) -> list[str]:
-        path = Path(folder)
-        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-
-    def can_write(self, folder: str) -> bool:
-        path = Path(folder)
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
-        return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK) and not _is_virtual(existing)
+    def stage(self, path: str, names: Sequence[str], kind: str, output: str) -> None:
+        """A process of this machine reads what lies here."""
 
     def render(self, job: JobSpec) -> dict[str, Any]:
         return {"command": [sys.executable, "-m", "sdtune.training", *job.args], "environment": ENVIRONMENT}
 
-    def submit(self, job: JobSpec) -> str:
+    def as_text(self, rendered: dict[str, Any]) -> str:
+        environment = [f"{name}={value}" for name, value in rendered["environment"].items()]
+        return "  " + " ".join(shlex.quote(word) for word in [*environment, *rendered["command"]])
+
+    def submit(self, job: JobSpec) -> Submitted:
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
             raise ProjectError(
                 "training on this machine needs torch and diffusers, which this Python does not have; "
@@ -72,9 +63,9 @@ class LocalBackend:
         )
         job_id = str(process.pid)
         self._processes[job_id] = process
-        return job_id
+        return Submitted(job_id, job_id, "", "")
 
-    def logs(self, job_id: str) -> Iterator[LogLine]:
+    def follow(self, job_id: str) -> Iterator[LogLine]:
         stream = self._processes[job_id].stdout
         assert stream is not None
         for line in stream:
@@ -83,6 +74,9 @@ class LocalBackend:
 
     def wait(self, job_id: str) -> JobEnd:
         return JobEnd(self._processes[job_id].wait())
+
+    def try_elsewhere(self) -> None:
+        """There is no other machine."""
 
     def cancel(self, job_id: str) -> None:
         process = self._processes[job_id]
@@ -94,11 +88,6 @@ class LocalBackend:
                 process.wait(SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
                 continue
-
-
-def _is_virtual(folder: Path) -> bool:
-    """Root may write there, says the system, but no file can be made."""
-    return folder.is_relative_to("/proc") or folder.is_relative_to("/sys")
 
 
 def _gpus() -> list[str]:

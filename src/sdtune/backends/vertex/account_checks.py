@@ -1,0 +1,113 @@
+"""Check of the account that the job acts as: it is there, the caller may use it, and it may write to the bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from google.api_core import exceptions as api
+
+from sdtune.backends.vertex.asking import Project, holds, is_of_the_credentials
+from sdtune.backends.vertex.bucket_checks import ROLES_OF_WRITERS, allow, bucket_of, may_write
+from sdtune.jobs.findings import Finding
+
+ACT_AS = "iam.serviceAccounts.actAs"
+USER = "roles/iam.serviceAccountUser"
+
+
+def service_account(project: Project) -> Finding:
+    """The account of ``--service-account``, or Vertex AI's own."""
+    email = project.placement.service_account
+    if not email:
+        return _own_of_vertex(project)
+    # With "-" for the project Google answers 403 also for accounts that do not exist.
+    resource = f"v1/projects/{_project_of(email) or '-'}/serviceAccounts/{email}"
+    bad: list[tuple[str, str]] = []
+    seen = True
+    try:
+        if project.get("iam", resource).get("disabled"):
+            bad.append((f"{email} is switched off", f"gcloud iam service-accounts enable {email}"))
+    except api.NotFound:
+        return Finding("bad", f"{email} does not exist", _create(email))
+    except api.Forbidden as error:
+        # To let a job act as an account, and to look at the account, are two rights.
+        if is_of_the_credentials(error):
+            raise
+        seen = False
+    if project.lacks("iam", resource, [ACT_AS]):
+        text = f"you may not let jobs act as {email}" + ("" if seen else ", or it does not exist")
+        command = f"gcloud iam service-accounts add-iam-policy-binding {email} --member={project.member} --role={USER}"
+        bad.append((text, command))
+    of_bucket = _in_bucket(project, email)
+    if not bad:
+        return of_bucket
+    texts, commands = zip(*bad, strict=True)
+    return Finding(
+        "bad", "; ".join(texts), (*commands, *of_bucket.commands), note="The owner of the account allows it."
+    )
+
+
+def _in_bucket(project: Project, email: str) -> Finding:
+    """Whether the account may write to the bucket, as far as policies tell."""
+    address, member = bucket_of(project), f"serviceAccount:{email}"
+    if not address:
+        return Finding("good", f"{email}, which you may use", note="With --bucket, its rights there are checked too.")
+    answers = [may_write(address, member), _may_write_in_project(project, member)]
+    if any(answers):
+        return Finding("good", f"{email}, which you may use and which may write to {address}")
+    # Groups, roles of their own making and folders above the project may give it all the same.
+    unseen = "is not known to be allowed" if None in answers else "is not allowed by the bucket or the project"
+    return Finding("warning", f"{email} {unseen} to write to {address}", (allow(address, member),))
+
+
+def _own_of_vertex(project: Project) -> Finding:
+    """Jobs without an account act as a service agent, which may use the buckets of its project, and no others."""
+    if not project.number:
+        return Finding("unasked", "none given: jobs act as Vertex AI's own")
+    agent = f"service-{project.number}@gcp-sa-aiplatform-cc.iam.gserviceaccount.com"
+    text = f"none given: jobs act as Vertex AI's own, {agent}"
+    member, address = f"serviceAccount:{agent}", bucket_of(project)
+    policy = _policy(project)
+    if policy is None:
+        return Finding("good", text, note="What it may do cannot be seen by you.")
+    if holds(policy, member, ("roles/aiplatform.customCodeServiceAgent", *ROLES_OF_WRITERS)):
+        return Finding("good", text)
+    if address and may_write(address, member):
+        return Finding("good", text)
+    # Google makes it, and gives it its role, when the first job is sent.
+    return Finding(
+        "warning",
+        f"{text}; it has no role in the project, as before the first job",
+        (project.grant("roles/aiplatform.customCodeServiceAgent", member),),
+        note="Only needed if a job is refused its bucket: Google gives the role when the first job is sent.",
+    )
+
+
+def _may_write_in_project(project: Project, member: str) -> bool | None:
+    policy = _policy(project)
+    return None if policy is None else holds(policy, member, ROLES_OF_WRITERS)
+
+
+def _policy(project: Project) -> Mapping[str, Any] | None:
+    """The project's; None where it may not be read."""
+    try:
+        return project.post(
+            "cloudresourcemanager",
+            f"v3/projects/{project.id}:getIamPolicy",
+            {"options": {"requestedPolicyVersion": 3}},
+        )
+    except api.Forbidden:
+        return None
+
+
+def _create(email: str) -> tuple[str, ...]:
+    if project := _project_of(email):
+        return (f"gcloud iam service-accounts create {email.partition('@')[0]} --project={project}",)
+    return ("gcloud iam service-accounts list",)
+
+
+def _project_of(email: str) -> str:
+    """Of ``name@PROJECT.iam.gserviceaccount.com``; empty for those that Google makes, and in projects of a domain."""
+    _, _, domain = email.partition("@")
+    project, _, rest = domain.partition(".")
+    return project if rest == "iam.gserviceaccount.com" else ""
