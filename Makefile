@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format bench snapshots parity lock clean
+.PHONY: help demo cloud-demo test lint types format bench snapshots parity lock clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.train ## Fine-tune the shipped model on photographs of a cat (2 cores: about 2 minutes)
 	@# One thread: so small a model gains little from a second core, and loses much where that one is busy.
@@ -16,6 +16,9 @@ demo: $(VENV)/.train ## Fine-tune the shipped model on photographs of a cat (2 c
 	  --base-model examples/base-model --dataset examples/datasets/images \
 	  --instance-prompt "a photo of sks cat" --config examples/recipes/dreambooth-lora.yaml \
 	  --output out/demo --overwrite
+
+cloud-demo: $(VENV)/.dev ## The same as a job of Vertex AI, on servers of this machine: no GPU, no account
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.cloud_demo
 
 test: $(VENV)/.dev ## Prove it: every test that needs no GPU
 	$(BIN)/lint-imports

@@ -1,0 +1,79 @@
+"""The locks: every wheel by hash, no place but PyPI, and the versions that the tests run with."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+from tests.containers.dockerfiles import CONTAINERS, IMAGES
+
+LOCKS = [CONTAINERS / image / f"{name}.txt" for image in IMAGES for name in ("requirements", "workbench")]
+PIN = re.compile(r"([a-z0-9-]+)==([^\s+]+) \\\n    --hash=sha256:([0-9a-f]{64})\n")
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Version by name."""
+    return {name: version for name, version, _ in PIN.findall(lock.read_text(encoding="utf-8"))}
+
+
+def wanted(image: str) -> list[Requirement]:
+    lines = (CONTAINERS / image / "requirements.in").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: f"{lock.parent.name}-{lock.stem}")
+def test_a_lock_is_pins_with_one_hash_each_and_nothing_else(lock: Path) -> None:
+    text = lock.read_text(encoding="utf-8")
+    body = text[text.index("\n", text.rindex("\n# ") + 1) + 1 :]
+    assert PIN.sub("", body) == ""
+    names = [name for name, _, _ in PIN.findall(body)]
+    assert names == sorted(set(names))
+    assert len(names) > 10
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_lock_holds_what_was_asked_for(image: str) -> None:
+    locked = pins(CONTAINERS / image / "requirements.txt")
+    for requirement in wanted(image):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_kernels_lock_adds_to_the_images(image: str) -> None:
+    more = pins(CONTAINERS / image / "workbench.txt")
+    assert "ipykernel" in more
+    assert not more.keys() & pins(CONTAINERS / image / "requirements.txt").keys()
+
+
+def test_the_diffusers_image_has_the_versions_that_the_tests_run_with() -> None:
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    tested = {canonicalize_name(name): version for name, version in tested.items()}
+    locked = pins(CONTAINERS / "diffusers" / "requirements.txt")
+    assert {name: locked[name] for name in locked.keys() & tested.keys()} == {
+        name: tested[name] for name in locked.keys() & tested.keys()
+    }
+    # Left over: torch's CUDA, which the tests have no use for, and what comes with every environment.
+    cuda = [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
+    assert locked.keys() - tested.keys() == {*cuda, "triton", "setuptools"}
+    assert {"nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= set(cuda)
+
+
+def test_the_diffusers_image_has_all_that_training_may_ask_for() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    asked = [Requirement(line) for extra in ("parquet", "train", "optimizers", "wandb") for line in extras[extra]]
+    locked = pins(CONTAINERS / "diffusers" / "requirements.txt")
+    for requirement in asked:
+        if requirement.name != "sdtune":
+            assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
+
+
+def test_both_images_train_on_one_torch() -> None:
+    first, second = (pins(CONTAINERS / image / "requirements.txt") for image in IMAGES)
+    assert first["torch"] == second["torch"]
