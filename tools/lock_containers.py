@@ -1,6 +1,6 @@
 """Writes the locks of the container images: every wheel by version and hash, for Linux on x86_64 and their Python.
 
-    python3.11 tools/lock_containers.py            # renew containers/*/requirements.txt and workbench.txt
+    python3.11 tools/lock_containers.py            # renew the locks, containers/*/*.txt
     python3.11 tools/lock_containers.py --sizes    # what the wheels of the locks as they are weigh
 
 pip's own resolver chooses, from PyPI alone and wheels alone, and nothing is downloaded but metadata: pip reads it
@@ -31,15 +31,15 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 CONTAINERS = ROOT / "containers"
-IMAGES = {"diffusers": ("-c", "constraints.txt"), "kohya": ()}
-"""The images, and what else pip is told. The tests run with constraints.txt; sd-scripts wants other versions."""
+IMAGES = {"diffusers": ("requirements",), "kohya": ("requirements", "sd-scripts")}
+"""The images, and the locks that jobs in them have. The training wing's is the same in both."""
 WORKBENCH = ("ipykernel",)
 """What a notebook's kernel needs beside the image's own wheels."""
 PIP = "pip>=25.1"
 """Older ones download every wheel to resolve."""
 HEAD = """\
-# {what} Every wheel by version and hash, for Linux on
-# x86_64 and CPython {python}. Renewed by: make lock-containers
+# {what}
+# Every wheel by version and hash, for Linux on x86_64 and CPython {python}. Renewed by: make lock-containers
 """
 LARGEST = 10
 TAILS = (1 << 18, 1 << 24)
@@ -73,15 +73,14 @@ def main() -> None:
     """Renew the locks, or tell what they weigh."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", action="store_true", help="print what each image's wheels weigh, and change nothing")
-    parser.add_argument("image", nargs="*", help=f"of {', '.join(IMAGES)}; not given: all")
     asked = parser.parse_args()
-    unknown = [name for name in asked.image if name not in IMAGES]
-    if unknown:
-        parser.error(f"no image is called {unknown[0]}; there are: {', '.join(IMAGES)}")
     check_machine()
     with new_pip() as pip:
-        for image in asked.image or IMAGES:
-            (print_sizes if asked.sizes else lock)(image, pip)
+        if not asked.sizes:
+            lock(pip)
+        else:
+            for image in IMAGES:
+                print_sizes(image, pip)
 
 
 def image_python() -> str:
@@ -136,26 +135,49 @@ def wheel_of(entry: dict[str, dict[str, dict[str, dict[str, str]]]]) -> Wheel:
     url = str(entry["download_info"]["url"])
     if urlsplit(url).scheme != "https" or "+" in version:
         sys.exit(f"{name} {version} is a wheel of this machine ({url}), wanted PyPI's.")
-    normal = re.sub(r"[-_.]+", "-", name).lower()
-    return Wheel(normal, version, url, entry["download_info"]["archive_info"]["hashes"]["sha256"])
+    return Wheel(normal(name), version, url, entry["download_info"]["archive_info"]["hashes"]["sha256"])
 
 
-def lock(image: str, pip: Sequence[str]) -> None:
-    """Write requirements.txt from requirements.in, and workbench.txt: what comes on top in a notebook's kernel."""
-    folder, python = CONTAINERS / image, image_python()
-    wheels = resolve(pip, "-r", str(folder / "requirements.in"), *IMAGES[image])
-    requirements = folder / "requirements.txt"
-    head = HEAD.format(what=f"What the {image} image holds.", python=python)
-    requirements.write_text(head + "".join(wheel.pin for wheel in wheels), encoding="utf-8")
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as pins:
-        pins.writelines(f"{wheel.name}=={wheel.version}\n" for wheel in wheels)
-        pins.flush()
-        both = resolve(pip, "-r", pins.name, *WORKBENCH)
-    known = {wheel.name for wheel in wheels}
-    more = [wheel for wheel in both if wheel.name not in known]
-    head = HEAD.format(what=f"What {image}'s notebook kernel needs beside requirements.txt.", python=python)
-    (folder / "workbench.txt").write_text(head + "".join(wheel.pin for wheel in more), encoding="utf-8")
-    print(f"{image}: {len(wheels)} wheels, {len(more)} more for a notebook's kernel")
+def normal(name: str) -> str:
+    """A package's name as all its spellings have it in common."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def lock(pip: Sequence[str]) -> None:
+    """Write every lock.
+
+    The training wing's has the versions of constraints.txt, which the tests run with. sd-scripts' Python stands on it,
+    and has on top what must be otherwise for sd-scripts.
+    """
+    wing = resolve(pip, "-r", "containers/diffusers/requirements.in", "-c", "constraints.txt")
+    kernel = missing_in(wing, resolve(pip, *WORKBENCH, *pinned(wing)))
+    for image in IMAGES:
+        write(image, "requirements", "The training wing and what it imports.", wing)
+        write(image, "workbench", "What a notebook's kernel needs beside requirements.txt.", kernel)
+    asked = (CONTAINERS / "kohya" / "sd-scripts.in").read_text(encoding="utf-8")
+    otherwise = {normal(name) for name in re.findall(r"^([\w.-]+)[=<>]", asked, re.M)}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as below:
+        below.writelines(f"{wheel.name}=={wheel.version}\n" for wheel in wing if wheel.name not in otherwise)
+        below.flush()
+        scripts = missing_in(wing, resolve(pip, "-r", "containers/kohya/sd-scripts.in", "-c", below.name))
+    write("kohya", "sd-scripts", "What sd-scripts' own Python has over requirements.txt, on which it stands.", scripts)
+
+
+def pinned(wheels: Sequence[Wheel]) -> list[str]:
+    """What asks for exactly these."""
+    return [f"{wheel.name}=={wheel.version}" for wheel in wheels]
+
+
+def missing_in(below: Sequence[Wheel], wheels: Sequence[Wheel]) -> list[Wheel]:
+    """Those of ``wheels`` that are not the same in ``below``."""
+    return [wheel for wheel in wheels if wheel not in below]
+
+
+def write(image: str, name: str, what: str, wheels: Sequence[Wheel]) -> None:
+    """One lock."""
+    file = CONTAINERS / image / f"{name}.txt"
+    file.write_text(HEAD.format(what=what, python=image_python()) + "".join(w.pin for w in wheels), encoding="utf-8")
+    print(f"{file.relative_to(ROOT)}: {len(wheels)} wheels")
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -163,7 +185,8 @@ def lock(image: str, pip: Sequence[str]) -> None:
 
 def print_sizes(image: str, pip: Sequence[str]) -> None:
     """The sum of an image's wheels, and the largest of them."""
-    wheels = resolve(pip, "--no-deps", "--require-hashes", "-r", str(CONTAINERS / image / "requirements.txt"))
+    locks = [str(CONTAINERS / image / f"{name}.txt") for name in IMAGES[image]]
+    wheels = [wheel for lock in locks for wheel in resolve(pip, "--no-deps", "--require-hashes", "-r", lock)]
     with ThreadPoolExecutor(8) as pool:
         sizes = sorted(pool.map(size_of, wheels), key=lambda size: -size.unpacked)
     download, unpacked = (sum(getattr(size, what) for size in sizes) for what in ("download", "unpacked"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -93,7 +94,11 @@ def run_in_python(file: Dockerfile, stage: str, root: Path, python: Path, given:
             environment |= {name: there(value, root) for name, _, value in pairs if name not in ("PATH", *given)}
         elif one.name == "RUN" and one.value.startswith(IN_PYTHON):
             mounts = {target: str(ROOT / source) for source, target in map(bind, one.flags) if source}
-            command = one.value
+            # On the environment here, and not on the Python that this was made of.
+            libraries = site_packages(python)
+            lay = f"echo {libraries} > \\1/{libraries.relative_to(python.parents[1])}/below.pth"
+            below = f"python -m venv --without-pip \\1 && {lay}"
+            command = re.sub(r"^python -m venv --system-site-packages --without-pip (\S+)", below, one.value)
             for target, source in mounts.items():
                 command = command.replace(target, source)
             ran = subprocess.run(
@@ -103,6 +108,12 @@ def run_in_python(file: Dockerfile, stage: str, root: Path, python: Path, given:
             printed += ran.stdout
             assert ran.returncode == 0, f"RUN {one.value}\n{ran.stdout}{ran.stderr}"
     return printed
+
+
+def site_packages(python: Path) -> Path:
+    """Where an environment keeps its libraries."""
+    (found,) = (python.parents[1] / "lib").glob("python3.*/site-packages")
+    return found
 
 
 def copy(sources: list[str], target: Path) -> None:

@@ -54,7 +54,7 @@ def test_docker_build_without_a_target_makes_the_image_of_jobs(file: Dockerfile)
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_the_training_wing_and_the_locks_get_in(file: Dockerfile, stage: str) -> None:
     copied = {source for one in file.of(stage, "COPY") for source in one.words[:-1]}
-    locks = {f"containers/{file.image}/{name}.txt" for name in ("requirements", "workbench")}
+    locks = {f"containers/{file.image}/{name}.txt" for name in ("requirements", "workbench", "sd-scripts")}
     assert copied - PART <= locks
     assert copied >= PART | {f"containers/{file.image}/requirements.txt"}
     assert all((ROOT / source).exists() for source in copied)
@@ -66,15 +66,16 @@ def test_only_the_training_wing_and_the_locks_get_in(file: Dockerfile, stage: st
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pip_takes_hashed_wheels_alone_and_they_fit(file: Dockerfile, stage: str) -> None:
-    runs = [one.value for one in file.of(stage, "RUN") if "pip install" in one.value]
-    assert len(runs) == 1
-    install, check = re.split(r"\s+&&\s+", runs[0])
-    words = install.split()
-    wanted = ["requirements.txt", "workbench.txt"][: 2 if stage == "workbench" else 1]
-    options = [word for name in wanted for word in ("--requirement", f"/opt/sdtune/{name}")]
-    assert words[words.index("install") :] == ["install", "--no-cache-dir", "--require-hashes", *options]
-    assert check.endswith("python -m pip check")
-    assert words[0] == check.split()[0]
+    found = []
+    for run in [one.value for one in file.of(stage, "RUN") if "pip install" in one.value]:
+        *_, install, check = re.split(r"\s+&&\s+", run)
+        words = install.split()
+        assert words[words.index("-m") :][:5] == ["-m", "pip", "install", "--no-cache-dir", "--require-hashes"]
+        assert set(words[6::2]) == {"--requirement"}
+        assert check == f"{words[0]} -m pip check"
+        found.append([Path(word).name for word in words[7::2]])
+    wing = ["requirements.txt", *(["workbench.txt"] if stage == "workbench" else [])]
+    assert found == [wing, *([["sd-scripts.txt"]] if file.image == "kohya" else [])]
 
 
 def test_jobs_run_as_nobody_in_particular(file: Dockerfile) -> None:

@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 from tests.containers.dockerfiles import CONTAINERS, IMAGES
 
 LOCKS = [CONTAINERS / image / f"{name}.txt" for image in IMAGES for name in ("requirements", "workbench")]
+LOCKS.append(CONTAINERS / "kohya" / "sd-scripts.txt")
+WING, SCRIPTS = LOCKS[0], LOCKS[-1]
 PIN = re.compile(r"([a-z0-9-]+)==([^\s+]+) \\\n    --hash=sha256:([0-9a-f]{64})\n")
 
 
@@ -22,8 +24,8 @@ def pins(lock: Path) -> dict[str, str]:
     return {name: version for name, version, _ in PIN.findall(lock.read_text(encoding="utf-8"))}
 
 
-def wanted(image: str) -> list[Requirement]:
-    lines = (CONTAINERS / image / "requirements.in").read_text(encoding="utf-8").splitlines()
+def wanted(file: Path) -> list[Requirement]:
+    lines = file.read_text(encoding="utf-8").splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -37,24 +39,43 @@ def test_a_lock_is_pins_with_one_hash_each_and_nothing_else(lock: Path) -> None:
     assert len(names) > 10
 
 
-@pytest.mark.parametrize("image", IMAGES)
-def test_a_lock_holds_what_was_asked_for(image: str) -> None:
-    locked = pins(CONTAINERS / image / "requirements.txt")
-    for requirement in wanted(image):
+@pytest.mark.parametrize(
+    ("asked", "locked"),
+    [
+        (CONTAINERS / "diffusers" / "requirements.in", pins(WING)),
+        (CONTAINERS / "kohya" / "sd-scripts.in", pins(WING) | pins(SCRIPTS)),
+    ],
+    ids=["wing", "sd-scripts"],
+)
+def test_a_lock_holds_what_was_asked_for(asked: Path, locked: dict[str, str]) -> None:
+    for requirement in wanted(asked):
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
 
 
-@pytest.mark.parametrize("image", IMAGES)
-def test_a_kernels_lock_adds_to_the_images(image: str) -> None:
-    more = pins(CONTAINERS / image / "workbench.txt")
+def test_a_kernels_lock_adds_to_the_images() -> None:
+    more = pins(CONTAINERS / "diffusers" / "workbench.txt")
     assert "ipykernel" in more
-    assert not more.keys() & pins(CONTAINERS / image / "requirements.txt").keys()
+    assert not more.keys() & pins(WING).keys()
 
 
-def test_the_diffusers_image_has_the_versions_that_the_tests_run_with() -> None:
+def test_the_training_wing_is_the_same_in_both_images() -> None:
+    for name in ("requirements.txt", "workbench.txt"):
+        first, second = ((CONTAINERS / image / name).read_text(encoding="utf-8") for image in IMAGES)
+        assert first == second
+
+
+def test_sd_scripts_python_has_only_what_must_be_otherwise() -> None:
+    below, over = pins(WING), pins(SCRIPTS)
+    assert not [name for name, version in over.items() if below.get(name) == version]
+    # Gigabytes, which are there once.
+    assert not [name for name in over if name in ("torch", "triton") or name.startswith(("nvidia-", "cuda-"))]
+    assert over["transformers"] != below["transformers"]
+
+
+def test_the_training_wing_has_the_versions_that_the_tests_run_with() -> None:
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
     tested = {canonicalize_name(name): version for name, version in tested.items()}
-    locked = pins(CONTAINERS / "diffusers" / "requirements.txt")
+    locked = pins(WING)
     assert {name: locked[name] for name in locked.keys() & tested.keys()} == {
         name: tested[name] for name in locked.keys() & tested.keys()
     }
@@ -64,16 +85,11 @@ def test_the_diffusers_image_has_the_versions_that_the_tests_run_with() -> None:
     assert {"nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= set(cuda)
 
 
-def test_the_diffusers_image_has_all_that_training_may_ask_for() -> None:
+def test_the_training_wing_has_all_that_training_may_ask_for() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     asked = [Requirement(line) for extra in ("parquet", "train", "optimizers", "wandb") for line in extras[extra]]
-    locked = pins(CONTAINERS / "diffusers" / "requirements.txt")
+    locked = pins(WING)
     for requirement in asked:
         if requirement.name != "sdtune":
             assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), requirement
-
-
-def test_both_images_train_on_one_torch() -> None:
-    first, second = (pins(CONTAINERS / image / "requirements.txt") for image in IMAGES)
-    assert first["torch"] == second["torch"]

@@ -42,7 +42,8 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: 
 def test_what_is_broken_is_told_and_the_rest_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(smoke, "PARTS", {"diffusers": smoke.Part(("sdtune.errors",), ("no_such_library", "json"))})
+    monkeypatch.setattr(smoke, "MODULES", ("sdtune.errors",))
+    monkeypatch.setattr(smoke, "LIBRARIES", ("no_such_library", "json"))
     monkeypatch.setattr(smoke, "METHODS", {"dreambooth-lora": METHODS["dreambooth-lora"]})
     # Told before torch is imported, so that the test need not wait for that.
     monkeypatch.setenv("CLUSTER_SPEC", "none")

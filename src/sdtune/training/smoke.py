@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,14 @@ SIDE = 128
 LAST_LINES = 40
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is tried of one image. modules: sdtune's own, with all that is in them. libraries: what is imported late."""
-
-    modules: Sequence[str]
-    libraries: Sequence[str]
-
-
-_ANY = ("bitsandbytes", "google.cloud.storage", "lion_pytorch", "prodigyopt", "pyarrow.parquet", "wandb")
-PARTS = {
-    "diffusers": Part(("sdtune.methods", "sdtune.training"), (*_ANY, "torch.utils.tensorboard")),
-    "kohya": Part(
-        ("sdtune.methods", "sdtune.training.kohya", "sdtune.training.trainers.kohya", "sdtune.training.hub"),
-        (*_ANY, "torch.utils.tensorboard", "torchvision", "cv2", "einops", "ftfy", "imagesize", "toml", "voluptuous"),
-    ),
-}
+MODULES = ("sdtune.methods", "sdtune.training")
+"""With all that is in them."""
+LIBRARIES = (
+    "bitsandbytes", "google.cloud.storage", "lion_pytorch", "prodigyopt", "pyarrow.parquet",
+    "torch.utils.tensorboard", "wandb",
+)  # fmt: skip
+"""What those import late. What sd-scripts imports, it imports when it trains."""
+CONTAINERS = tuple(dict.fromkeys(method.container for method in METHODS.values()))
 
 SETTINGS: Mapping[str, dict[str, Any]] = {
     "dreambooth": {"instance_prompt": "a photo of sks cat", "optimizer": "adafactor", "train_text_encoder": True},
@@ -86,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Try all; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sdtune.training.smoke", allow_abbrev=False)
     parser.add_argument(
-        "--container", choices=PARTS, help=f"not given: kohya where {SD_SCRIPTS} is set, else diffusers"
+        "--container", choices=CONTAINERS, help=f"not given: kohya where {SD_SCRIPTS} is set, else diffusers"
     )
     parser.add_argument("--base-model", type=Path, required=True, help="a small model, such as examples/base-model")
     asked = parser.parse_args(argv)
@@ -94,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     tell(f"{container}: Python {platform.python_version()}, {versions()}")
     with tempfile.TemporaryDirectory(prefix="sdtune-smoke-") as folder:
-        checks = [*import_checks(PARTS[container]), *training_checks(container, asked.base_model, Path(folder))]
+        checks = [*import_checks(), *training_checks(container, asked.base_model, Path(folder))]
         broken = [name for name, check in checks if not passes(name, check)]
     seconds = time.perf_counter() - started
     tell(f"{len(checks) - len(broken)} of {len(checks)} in {seconds:.0f} s" + "".join(f"; broken: {b}" for b in broken))
@@ -130,11 +121,11 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in named)
 
 
-def import_checks(part: Part) -> Iterator[Check]:
+def import_checks() -> Iterator[Check]:
     """Every module and every library."""
-    for package in part.modules:
+    for package in MODULES:
         yield f"import {package} and all in it", lambda package=package: import_all(package)  # type: ignore[misc]
-    for name in part.libraries:
+    for name in LIBRARIES:
         yield f"import {name}", lambda name=name: importlib.import_module(name) and ""  # type: ignore[misc]
 
 
