@@ -65,9 +65,9 @@ def test_what_is_typed_wins_then_the_environment_then_the_recipe_then_the_projec
     assert job(out)["labels"]["team"] == "art"
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("gpu: v100\nrank: 8\nregion: [europe-west4]\n")
+    recipe.write_text("gpu: a100-80gb\nrank: 8\nregion: [europe-west4]\n")
     out = sdtune(*train("--json", "--config", recipe))[1]
-    assert machine(out)["acceleratorType"] == "NVIDIA_TESLA_V100"
+    assert machine(out)["acceleratorType"] == "NVIDIA_A100_80GB"
     assert "europe-west4-docker.pkg.dev" in out
     assert job(out)["jobSpec"]["scheduling"]["timeout"] == "18000s"
 
@@ -107,7 +107,8 @@ def test_the_output_says_where_a_run_goes_unless_something_else_does(
             "a2-highgpu-2g",
         ),
         (["--project", "my-project", "--strategy", "flex-start", "--gpu", "t4"], "flex-start has no t4"),
-        (["--project", "my-project", "--gpu", "v100", "--mixed-precision", "bf16"], "found bf16, which v100 has not"),
+        (["--project", "my-project", "--gpu", "t4", "--mixed-precision", "bf16"], "found bf16, which t4 has not"),
+        (["--project", "my-project", "--gpu", "v100"], "sdtune's own images do not run on v100"),
         (["--project", "my-project", "--push-to-hub"], "push_to_hub: a job needs a token for it"),
         (["--project", "my-project", "--wandb-project", "x"], "--wandb-key-secret NAME"),
         (["--project", "my-project", "--output", "gs://my-bucket"], "is a whole bucket; wanted a folder in it"),

@@ -43,9 +43,9 @@ def list_jobs(
     json: JsonOption = False,
 ) -> None:
     """List sdtune's jobs, newest first."""
+    name, state = find_method(method).name if method else None, _state(state)
     archive = open_archive(archive_placement(project, region))
-    name = find_method(method).name if method else None
-    open_console(json).jobs(islice(archive.jobs(state=_state(state), method=name), limit))
+    open_console(json).jobs(islice(archive.jobs(state=state, method=name), limit))
 
 
 @app.command()
@@ -72,12 +72,12 @@ def logs(
     json: JsonOption = False,
 ) -> None:
     """Show what a job said, from its first line."""
-    console = open_console(json)
+    console, start = open_console(json), _since(since)
     archive = open_archive(archive_placement(project, region))
     record = find(archive, job)
     again = Submitted(record.job_id, record.number, record.region, record.url)
     try:
-        console.follow(read_logs(archive, record, follow=follow, since=_since(since), tail=tail, replica=replica))
+        console.follow(read_logs(archive, record, follow=follow, since=start, tail=tail, replica=replica))
     except KeyboardInterrupt:
         if follow:
             console.left(again)

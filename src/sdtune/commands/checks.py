@@ -86,6 +86,15 @@ def check_precision(method: CommonFields, machine: Machine) -> None:
         raise RecipeError(f"mixed_precision: found bf16, which {machine.gpu.name} has not; use fp16, or auto.")
 
 
+def check_image(machine: Machine, placement: Placement) -> None:
+    """An image that has nothing for the GPU would say so only once the machine is paid for."""
+    if machine.gpu and machine.gpu.own_image and not placement.image:
+        raise RecipeError(
+            f"gpu: sdtune's own images do not run on {machine.gpu.name}: {machine.gpu.own_image}; use another, such as "
+            "t4 or l4, or give --image, one of your own."
+        )
+
+
 def files_below(folder: Path) -> list[str]:
     """Every file at any depth, relative, with forward slashes."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -9,6 +9,7 @@ from typing import Any
 from sdtune.commands.checks import (
     Mistakes,
     check_apart,
+    check_image,
     check_precision,
     check_secrets,
     files_below,
@@ -95,6 +96,7 @@ def plan_train(
     if placement:
         with mistakes:
             machine = machine_of(placement)
+            check_image(machine, placement)
         with mistakes:
             if not mistakes.found:
                 check_secrets(recipe, placement)

@@ -15,7 +15,8 @@ class Gpu:
 
     name: the short one. accelerator_type: Vertex AI's own. memory_gib: of one of them.
     quota: its part in the names of quotas. bf16: it computes in bfloat16. flex_start: that strategy has it.
-    note: what a user should know of it. refused: why no job of sdtune can run on it.
+    note: what a user should know of it. refused: why no job of sdtune can run on it. own_image: why only one with an
+    image of the user's can.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Gpu:
     flex_start: bool = True
     note: str = ""
     refused: str = ""
+    own_image: str = ""
 
     def quota_metric(self, strategy: str = "on-demand") -> str:
         """The quota that a job on it draws from; spot and flex-start have one of their own."""
@@ -47,11 +49,12 @@ class MachineType:
     sure: bool = True
 
 
+_OLD = "their torch is built for CUDA 13, which has nothing for GPUs older than Turing (T4)"
 GPUS: tuple[Gpu, ...] = (
-    Gpu("p4", "NVIDIA_TESLA_P4", 8, "nvidia_p4", False, False, "scarce"),
+    Gpu("p4", "NVIDIA_TESLA_P4", 8, "nvidia_p4", False, False, "needs --image", own_image=_OLD),
     Gpu("t4", "NVIDIA_TESLA_T4", 16, "nvidia_t4", False, False, "cheap, slow"),
-    Gpu("p100", "NVIDIA_TESLA_P100", 16, "nvidia_p100", False, False, "being retired"),
-    Gpu("v100", "NVIDIA_TESLA_V100", 16, "nvidia_v100", False, False, "few regions"),
+    Gpu("p100", "NVIDIA_TESLA_P100", 16, "nvidia_p100", False, False, "needs --image", own_image=_OLD),
+    Gpu("v100", "NVIDIA_TESLA_V100", 16, "nvidia_v100", False, False, "needs --image", own_image=_OLD),
     Gpu("l4", "NVIDIA_L4", 24, "nvidia_l4", note="the default"),
     Gpu("a100", "NVIDIA_TESLA_A100", 40, "nvidia_a100"),
     Gpu("a100-80gb", "NVIDIA_A100_80GB", 80, "nvidia_a100_80gb"),

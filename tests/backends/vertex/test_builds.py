@@ -105,7 +105,8 @@ def test_a_base_is_the_one_that_was_recorded() -> None:
 
 
 def test_in_the_image_for_notebooks_the_smoke_test_runs_as_their_kernel_does() -> None:
-    for container, more in (("diffusers", []), ("kohya", ["SDTUNE_SD_SCRIPTS=/opt/sd-scripts"])):
+    kohya = ["SDTUNE_SD_SCRIPTS=/opt/sd-scripts", "SDTUNE_SD_SCRIPTS_PYTHON=/opt/sd-scripts-python/bin/python"]
+    for container, more in (("diffusers", []), ("kohya", kohya)):
         spec = ImageSpec(container, "workbench", "us-central1-docker.pkg.dev/p/r", Source(()))
         smoke = build_request(spec, SETTINGS, PLACEMENT)["steps"][1]
         assert smoke["env"] == ["HOME=/tmp", "HF_HUB_OFFLINE=1", "PYTHONPATH=/opt/sdtune", *more]

@@ -85,7 +85,9 @@ def _smoke_test(spec: ImageSpec) -> dict[str, Any]:
     if spec.target == "workbench":
         # What the kernel of a notebook there is told.
         python = f"/opt/micromamba/envs/sdtune-{spec.container}/bin/python"
-        env += ["PYTHONPATH=/opt/sdtune", "SDTUNE_SD_SCRIPTS=/opt/sd-scripts"][: 1 + (spec.container == "kohya")]
+        env.append("PYTHONPATH=/opt/sdtune")
+        if spec.container == "kohya":
+            env += ["SDTUNE_SD_SCRIPTS=/opt/sd-scripts", "SDTUNE_SD_SCRIPTS_PYTHON=/opt/sd-scripts-python/bin/python"]
     return {
         "id": SMOKE_TEST,
         # The image that the step before has left on this machine; nothing has been pushed yet.

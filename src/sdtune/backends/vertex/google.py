@@ -26,8 +26,8 @@ def passes(error: BaseException) -> bool:
     return if_transient_error(error) or isinstance(error, api.BadGateway | api.GatewayTimeout)
 
 
-RETRY = Retry(predicate=passes, initial=1.0, maximum=15.0, multiplier=2.0, timeout=120.0)
-"""For calls that may be made twice."""
+RETRY = Retry(predicate=passes, initial=1.0, maximum=15.0, multiplier=2.0, timeout=60.0)
+"""For calls that may be made twice: for a minute, since someone is sitting in front of it."""
 
 
 @lru_cache(maxsize=1)

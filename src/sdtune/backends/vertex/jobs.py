@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
@@ -10,17 +9,16 @@ from typing import Any
 
 from google.api_core import exceptions as api
 
-from sdtune.backends.vertex.google import JobsClient, Session, passes
+from sdtune.backends.vertex.google import JobsClient, Session
 from sdtune.backends.vertex.logs import read_logs
-from sdtune.backends.vertex.reasons import Place, error_of, explained, translate
+from sdtune.backends.vertex.once import make_once
+from sdtune.backends.vertex.reasons import Place, explained, translate
 from sdtune.backends.vertex.records import record_of, state_of
 from sdtune.backends.vertex.specs import METHOD_LABEL, RUN_LABEL, VERSION_LABEL
-from sdtune.errors import CapacityError, JobError
+from sdtune.errors import JobError
 from sdtune.jobs.archive import JobRecord
 from sdtune.jobs.backend import JobEnd, LogLine, StateChange, Submitted
 from sdtune.jobs.placement import Placement
-
-ATTEMPTS = 6
 
 
 class VertexJobs:
@@ -36,24 +34,13 @@ class VertexJobs:
 
         CapacityError: the region has no quota for it. JobError, ProjectError: it is refused, and why.
         """
-        what, place = "the job cannot be submitted", self._place(region)
-        for attempt in range(ATTEMPTS):
-            try:
-                return _submitted(record_of(self._client.create(self._parent(region), job)))
-            except Exception as error:
-                reason = translate(str(getattr(error, "message", error)), place)
-                if reason.no_capacity:
-                    raise CapacityError(f"{what}: {reason.text}") from None
-                if not passes(error):
-                    with explained(what, place):
-                        raise
-                # The request may have arrived although its answer did not: the label tells.
-                if made := next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None):
-                    return _submitted(made)
-                if attempt == ATTEMPTS - 1:
-                    raise error_of(error, what, place) from None
-                time.sleep(min(2.0**attempt, 15.0))
-        raise AssertionError("the last attempt returns or raises")
+        made = make_once(
+            lambda: record_of(self._client.create(self._parent(region), job)),
+            lambda: next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None),
+            "the job cannot be submitted",
+            self._place(region),
+        )
+        return Submitted(made.job_id, made.number, made.region, made.url)
 
     def jobs(self, *, state: str | None = None, method: str | None = None) -> Iterator[JobRecord]:
         """See JobArchive."""
@@ -151,7 +138,3 @@ class VertexJobs:
 
     def _parent(self, region: str) -> str:
         return f"projects/{self.placement.project}/locations/{region}"
-
-
-def _submitted(job: JobRecord) -> Submitted:
-    return Submitted(job.job_id, job.number, job.region, job.url)
