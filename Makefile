@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cloud-demo test lint types format bench snapshots parity lock clean
+.PHONY: help demo cloud-demo test containers lock-containers lint types format bench snapshots parity lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ format: $(VENV)/.dev ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+containers: $(VENV)/.dev ## Install each image's lock into a new environment and try it: minutes, and hundreds of megabytes
+	$(BIN)/python -m pytest -m containers tests/containers
+
 bench: $(VENV)/.dev ## Measure the command line and the dataset check; results go to benchmarks/RESULTS.md by hand
 	$(BIN)/python benchmarks/cli_speed.py
 	$(BIN)/python benchmarks/check_speed.py
@@ -46,6 +49,9 @@ snapshots: $(VENV)/.dev ## Renew the stored outputs that tests compare with
 parity: $(VENV)/parity/.ready ## Renew the losses of diffusers' example scripts: make parity DIFFUSERS=a git checkout of it
 	@test -n "$(DIFFUSERS)" || { echo "wanted DIFFUSERS=folder, a git checkout of huggingface/diffusers" >&2; exit 2; }
 	OMP_NUM_THREADS=1 $(VENV)/parity/bin/python tools/diffusers_parity.py "$(DIFFUSERS)"
+
+lock-containers: ## Renew the images' locks from what they may be today
+	$(PYTHON) tools/lock_containers.py
 
 lock: ## Renew constraints.txt from what pyproject.toml allows today
 	$(PYTHON) tools/lock.py

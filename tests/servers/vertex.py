@@ -8,7 +8,7 @@ this machine (processes.py); what they print goes to a logging server.
         server.quota("us-central1", "custom_model_training_nvidia_l4_gpus", 0)
         server.stock_out("europe-west4")
 
-Not there: hyperparameter tuning jobs, Python packages, images, the rights of service
+Its hyperparameter tuning jobs are in vertex_studies.py. Not there: Python packages, images, the rights of service
 accounts.
 """
 
@@ -45,6 +45,7 @@ from tests.servers.vertex_jobs import (
 )
 from tests.servers.vertex_json import TYPES, ApiError, matches, parse, to_json
 from tests.servers.vertex_rules import REGIONS, check, new_job, outputs_cleared, quota_use
+from tests.servers.vertex_studies import Studies
 
 PAGE = 100
 DELAYS = {"JOB_STATE_PENDING": 0.05}
@@ -93,6 +94,7 @@ class VertexServer:
             logging, {**emulated, **(environment or {})}, delays, entry_points or {}, gcs=gcs, grace=grace
         )
         self.jobs: dict[str, Job] = {}
+        self.studies = Studies(self)
         self.requests: list[Request] = []
         self.projects: dict[str, str] = {}
         self._faults: list[Fault] = []
@@ -114,6 +116,7 @@ class VertexServer:
     def __exit__(self, *error: object) -> None:
         self._http.shutdown()
         self._http.server_close()
+        self.studies.close()
         for job in self.jobs.values():
             job.close()
         for job in self.jobs.values():
@@ -213,7 +216,9 @@ class VertexServer:
             raise ApiError(404, f"There is no service for the region {region}.")
         path = request.path.removeprefix("/v1/").split(":")[0]
         if found[3]:
-            raise ApiError(404, f"Method not found: {request.method} {request.path}")
+            study_id, verb = found[4] or "", found[5] or ""
+            self._allow(self.studies.permission(request, study_id, verb), project, path)
+            return self.studies.answer(request, project, region, study_id, verb)
         self._allow(f"aiplatform.customJobs.{permission}", project, path)
         job = self._find(project, region, found[4]) if found[4] else None
         made: dict[str, Any] = method(self, request, project, region, job)

@@ -49,8 +49,9 @@ def help_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 HELPS = (
-    "", "init", "setup", "doctor", "machines", "build", "validate", "train", "jobs", "jobs list", "jobs show",
-    "jobs logs", "jobs cancel", "jobs open", "sync-nfs", "convert", *(f"train {name}" for name in METHODS),
+    "", "init", "setup", "doctor", "machines", "build", "validate", "train", "hpo", "hpo status", "hpo apply",
+    "jobs", "jobs list", "jobs show", "jobs logs", "jobs cancel", "jobs open", "sync-nfs", "convert",
+    *(f"train {name}" for name in METHODS),
 )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -14,9 +13,10 @@ from typing import Any
 
 import hypertune
 import pytest
+from PIL import Image
 
 from sdtune import events
-from sdtune.errors import RecipeError, TrainingError
+from sdtune.errors import INTERRUPTED, DatasetError, RecipeError, TrainingError
 from sdtune.jobs.spec import plan_training
 from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.methods.kohya import KohyaNativeLora
@@ -31,7 +31,9 @@ from sdtune.training.hypertune import (
     seed_of_trial,
     trial_id,
 )
+from sdtune.training.kohya.process import FOLDER, PYTHON
 from sdtune.training.run import Run
+from tests.kohya.test_trainer import FAKE, arguments
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -122,19 +124,23 @@ def test_a_file_that_cannot_be_written_is_told(method: DreamBoothLora, tmp_path:
         open_reports(method, {METRIC_FILE: str(tmp_path / "taken" / "output.metrics")})
 
 
-def _report_often(folder: Path, rounds: int) -> None:
-    for number in range(rounds):
-        reports = Reports(folder / str(number), "123", 30)
-        for step in range(1, 31):
-            reports.report("held_out_loss", 0.1234567, step)
+WRITER = """
+import sys
+from pathlib import Path
+from sdtune.training.hypertune import Reports
+for number in range(200):
+    reports = Reports(Path(sys.argv[1]) / str(number), "123", 30)
+    for step in range(1, 31):
+        reports.report("held_out_loss", 0.1234567, step)
+"""
 
 
 def test_a_reader_never_meets_a_torn_line(tmp_path: Path) -> None:
     """It would without the bound on the file: one read in two hundred, measured."""
-    writer = multiprocessing.get_context("spawn").Process(target=_report_often, args=(tmp_path, 200))
-    writer.start()
-    reads, newest = 0, 0
-    while writer.is_alive():
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
+    newest = 0
+    met = set()
+    while writer.poll() is None:
         if (tmp_path / str(newest + 1)).exists():
             newest += 1
         try:
@@ -142,9 +148,9 @@ def test_a_reader_never_meets_a_torn_line(tmp_path: Path) -> None:
         except FileNotFoundError:
             continue
         assert not found or found.endswith(b"\n")
-        reads += 1
-    assert writer.exitcode == 0
-    assert reads > 100
+        met.add((newest, len(found)))
+    assert writer.returncode == 0
+    assert len(met) > 50
 
 
 def test_the_first_of_several_processes_alone_reports(
@@ -172,6 +178,31 @@ def test_kohya_has_room_for_its_own_average(tmp_path: Path) -> None:
     assert {"held_out_loss", "avr_loss"} <= set().union(*found)
     assert [int(line["global_step"]) for line in found[-2:]] == [1000, 1000]
     assert (tmp_path / "metrics").stat().st_size <= MOST_BYTES
+
+
+def test_kohya_reports_both_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the launcher that runs inside of sd-scripts, around the stand-in for it."""
+    monkeypatch.setenv(FOLDER, str(FAKE))
+    monkeypatch.setenv(PYTHON, sys.executable)
+    monkeypatch.setenv("FAKE", "learn")
+    dataset = tmp_path / "data" / "3_sks cat"
+    dataset.mkdir(parents=True)
+    Image.new("RGB", (96, 64), "red").save(dataset / "a.png")
+    file = tmp_path / "output.metrics"
+    args = arguments(tmp_path, dataset.parent, num_samples=0, sample_every=0, held_out_every=2)
+    command = [sys.executable, "-m", "sdtune.training", *args, "--trials"]
+    environment = {**os.environ, TRIAL_ID: "2", METRIC_FILE: str(file)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    told = [event for line in ran.stdout.splitlines() if (event := events.parse(line))]
+    measured = {event.step: event.value for event in told if isinstance(event, events.Measure)}
+    found = lines(file)
+    assert {int(line["global_step"]): float(line["held_out_loss"]) for line in found if "held_out_loss" in line} == {
+        step: value for step, value in measured.items() if step
+    }
+    averages = {int(line["global_step"]): float(line["avr_loss"]) for line in found if "avr_loss" in line}
+    assert 5 in averages
+    assert all(value > 0 for value in averages.values())
 
 
 def test_places_and_seeds_of_trials() -> None:
@@ -221,18 +252,43 @@ def test_a_trial_writes_beside_the_others_and_reports(
     assert {line["trial"] for line in lines(file)} == {"12"}
 
 
-def test_a_trial_that_diverges_reports_nothing(
+def test_a_trial_that_is_stopped_has_reported_what_it_measured(
     settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """Also in place of what an earlier try of the same trial left."""
     file = tmp_path / "output.metrics"
-    settings = {**settings, "num_samples": 0, "max_train_steps": 8, "adam_epsilon": 1e-30, "max_grad_norm": 1e30}
-    code, told = entry(
-        settings, pictures(), tmp_path / "study", "--trials", "--learning_rate=1", "--optimizer=lion", "--rank=64",
-        "--lora_alpha=1e30", **{TRIAL_ID: "1", METRIC_FILE: str(file)},
+    file.write_text("of earlier\n")
+    method = DreamBoothLora.from_settings({**settings, "num_samples": 0, "max_train_steps": 200, "held_out_every": 8})
+    job = plan_training(method, str(pictures()), str(tmp_path / "out"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdtune.training", *job.args],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, TRIAL_ID: "1", METRIC_FILE: str(file)},
     )  # fmt: skip
-    assert code == TrainingError.exit_code, told
+    assert process.stdout
+    measured: dict[int, float] = {}
+    for line in process.stdout:
+        event = events.parse(line)
+        if isinstance(event, events.Measure):
+            measured[event.step] = event.value
+            # It is there before it is told.
+            reported = {int(line["global_step"]): float(line["held_out_loss"]) for line in lines(file)}
+            assert set(reported.items()) <= set(measured.items())
+            if reported:
+                process.terminate()
+    assert process.wait() == INTERRUPTED
+    reported = {int(line["global_step"]): float(line["held_out_loss"]) for line in lines(file)}
+    assert len(reported) == 1
+    assert set(reported.items()) <= set(measured.items())
+
+
+def test_a_trial_that_fails_reports_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "output.metrics"
+    code, told = entry(
+        settings, tmp_path / "missing", tmp_path / "study", "--trials", **{TRIAL_ID: "1", METRIC_FILE: str(file)}
+    )
+    assert code == DatasetError.exit_code
     assert isinstance(told[-1], events.Failed)
-    assert file.read_text() == ""
+    assert not file.exists() or file.read_text() == ""
 
 
 def test_a_run_that_is_no_trial_is_refused_as_one(

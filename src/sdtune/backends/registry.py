@@ -9,6 +9,7 @@ from sdtune.jobs.builder import Builder
 from sdtune.jobs.findings import Check
 from sdtune.jobs.placement import Placement
 from sdtune.jobs.provisioner import Provisioner
+from sdtune.jobs.study import StudyBackend
 
 BACKENDS = ("local", "vertex")
 
@@ -56,3 +57,14 @@ def open_provisioner(placement: Placement) -> Provisioner:
     from sdtune.backends.vertex.setup import VertexSetup
 
     return VertexSetup(placement.in_project())
+
+
+def open_studies(name: str, placement: Placement) -> StudyBackend:
+    """Where searches run: the backend called ``name``."""
+    if name == "local":
+        from sdtune.backends.local.studies import LocalStudies
+
+        return LocalStudies()
+    from sdtune.backends.vertex.studies import VertexStudies
+
+    return VertexStudies(placement)

@@ -24,6 +24,7 @@ class Commands(LazyGroup):
         "build": ("sdtune.cli.build", "Build the images that jobs run in: sdtune build --all."),
         "validate": ("sdtune.cli.validate", "Check a dataset as `train` would, file by file."),
         "train": ("sdtune.cli.train", "Fine-tune a model: sdtune train METHOD --dataset DIR --output DIR."),
+        "hpo": ("sdtune.cli.hpo", "Search for better settings: sdtune hpo METHOD --tune learning_rate=1e-5:1e-3:log."),
         "jobs": ("sdtune.cli.jobs", "What runs in the cloud: list, show, logs, cancel, open."),
         "sync-nfs": ("sdtune.cli.sync_nfs", "Copy trained models from a bucket to a Filestore share."),
         "convert": ("sdtune.cli.convert", "Turn a LoRA into another form: diffusers, kohya, PEFT."),

@@ -1,0 +1,184 @@
+"""Hyperparameter tuning jobs of Vertex AI: made once, found again, followed trial by trial, cancelled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import yaml
+from google.api_core import exceptions as api
+from google.auth.exceptions import GoogleAuthError
+from requests import RequestException
+
+from sdtune import events
+from sdtune.backends.vertex.asking import Project, first_line
+from sdtune.backends.vertex.google import StudiesClient
+from sdtune.backends.vertex.once import make_once
+from sdtune.backends.vertex.quota_checks import gpu_quota
+from sdtune.backends.vertex.reasons import Place, explained, translate
+from sdtune.backends.vertex.specs import RUN_LABEL, VERSION_LABEL
+from sdtune.backends.vertex.study_specs import COLLECTION, study_record, tuning_job
+from sdtune.errors import CapacityError, JobError, RecipeError, SdtuneError
+from sdtune.jobs.backend import Submitted
+from sdtune.jobs.placement import Placement
+from sdtune.jobs.study import Study, StudyRecord
+
+SOONEST, LATEST = 1.0, 15.0
+"""Seconds between two looks at a study: soon after a change, rarer while there is none."""
+
+
+class VertexStudies:
+    """The studies of a project in the regions of ``placement``."""
+
+    outlives: ClassVar[bool] = True
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement.in_project()
+        self._client = StudiesClient()
+
+    def render(self, study: Study) -> dict[str, Any]:
+        """See StudyBackend."""
+        return tuning_job(study, self.placement)
+
+    def as_text(self, rendered: dict[str, Any]) -> str:
+        """See StudyBackend: as gcloud ai hp-tuning-jobs create --config takes it, names apart."""
+        text: str = yaml.safe_dump(rendered, sort_keys=False, allow_unicode=True, width=1_000_000)
+        return text.rstrip()
+
+    def check(self, study: Study) -> list[str]:
+        """See StudyBackend: the GPUs of all trials at a time, held against the quota. A note where it is not told."""
+        notes = []
+        if study.algorithm == "grid" and (points := study.space.points) not in (None, study.max_trials):
+            notes.append(f"the grid has {points} points, and max_trials is {study.max_trials}: the fewer are tried.")
+        return [*notes, *self._check_quota(study)]
+
+    def _check_quota(self, study: Study) -> list[str]:
+        machine = study.job.machine
+        if machine is None or machine.gpu is None:
+            return []
+        at_a_time = self.placement.replicas * study.parallel_trials
+        wanted = self.placement.model_copy(update={"replicas": at_a_time})
+        try:
+            found = gpu_quota(Project(wanted), machine)
+        except (SdtuneError, api.GoogleAPIError, GoogleAuthError, RequestException) as error:
+            return [f"whether the quota suffices for {study.parallel_trials} trials at a time was not told: "
+                    f"{first_line(error)}"]  # fmt: skip
+        if found.grade == "bad":
+            raise RecipeError(
+                f"parallel_trials: found {study.parallel_trials}, but {found.text}. Use fewer at a time. {found.note}"
+            )
+        return [f"{found.text}. {found.note}".strip()] if found.grade == "warning" else []
+
+    def submit(self, study: Study) -> Submitted:
+        """See StudyBackend: in the first region that has capacity. JobError, ProjectError: it is refused, and why."""
+        rendered = self.render(study)
+        *others, last = self.placement.region
+        for region in others:
+            try:
+                return self._submit(rendered, region, study.job.run_id)
+            except CapacityError:
+                continue
+        return self._submit(rendered, last, study.job.run_id)
+
+    def find(self, study: str) -> StudyRecord:
+        """See StudyArchive."""
+        regions = ", ".join(self.placement.region)
+        if study.startswith("projects/"):
+            return self._get(study)
+        if study.isdigit():
+            return self._by_number(study)
+        wanted = study.rstrip("/")
+        if found := next((one for one in self.studies() if wanted in (one.name, one.output)), None):
+            return self._get(found.study_id)
+        raise JobError(f"no study of sdtune is called {study!r} in {regions}; --region says where else to look.")
+
+    def studies(self) -> Iterator[StudyRecord]:
+        """See StudyArchive."""
+        for region in self.placement.region:
+            yield from self._listed(region, f"labels.{VERSION_LABEL}:*")
+
+    def follow(self, study_id: str) -> Generator[StudyRecord, None, None]:
+        """See StudyArchive."""
+        seen: StudyRecord | None = None
+        pause = SOONEST
+        while True:
+            found = self._get(study_id)
+            if found != seen:
+                yield found
+                seen, pause = found, SOONEST
+            if found.has_ended:
+                return
+            time.sleep(pause)
+            pause = min(1.5 * pause, LATEST)
+
+    def cancel(self, study_id: str) -> None:
+        """See StudyArchive."""
+        found = self._get(study_id)
+        if found.has_ended:
+            raise JobError(f"study {found.number} has ended already ({found.state}); there is nothing to cancel.")
+        with self._asking("the study cannot be cancelled", study_id):
+            self._client.cancel(study_id)
+
+    def _submit(self, rendered: dict[str, Any], region: str, run_id: str) -> Submitted:
+        """Make the study in ``region``, once, whatever becomes of an answer."""
+        made = make_once(
+            lambda: study_record(self._client.create(self._parent(region), rendered)),
+            lambda: next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None),
+            "the study cannot be submitted",
+            self._place(region),
+        )
+        return Submitted(made.study_id, made.number, made.region, made.url)
+
+    def _get(self, study_id: str) -> StudyRecord:
+        with self._asking("the study cannot be looked at", study_id):
+            return self._in_words(study_record(self._client.get(study_id)))
+
+    def _in_words(self, found: StudyRecord) -> StudyRecord:
+        """The study with its errors in the user's terms."""
+        trials = tuple(
+            replace(trial, reason=self._why(trial.reason, found.region)) if trial.reason else trial
+            for trial in found.trials
+        )
+        error = self._why(found.error, found.region) if found.error else ""
+        return replace(found, trials=trials, error=error)
+
+    def _why(self, message: str, region: str) -> str:
+        """What the trainer itself said last, where the message has it."""
+        said = (event for line in message.splitlines() if isinstance(event := events.parse(line), events.Failed))
+        failed = next(said, None)
+        return failed.text if failed else translate(message, self._place(region)).text
+
+    def _by_number(self, number: str) -> StudyRecord:
+        for region in self.placement.region:
+            name = f"{self._parent(region)}/{COLLECTION}/{number}"
+            with self._asking("the study cannot be looked at", name):
+                try:
+                    return self._in_words(study_record(self._client.get(name)))
+                except api.NotFound:
+                    continue
+        raise JobError(
+            f"there is no study {number} in {', '.join(self.placement.region)}; --region says where else to look."
+        )
+
+    def _listed(self, region: str, text: str) -> Iterator[StudyRecord]:
+        with self._asking("studies cannot be listed", self._parent(region)):
+            found = self._client.list(self._parent(region), text)
+        while True:
+            # Each page is asked for as it is reached.
+            with self._asking("studies cannot be listed", self._parent(region)):
+                job = next(found, None)
+            if job is None:
+                return
+            yield study_record(job)
+
+    def _asking(self, what: str, name: str) -> AbstractContextManager[None]:
+        return explained(what, self._place(name.split("/")[3]))
+
+    def _place(self, region: str) -> Place:
+        return Place(self.placement.project or "", region, self.placement.effective_strategy)
+
+    def _parent(self, region: str) -> str:
+        return f"projects/{self.placement.project}/locations/{region}"
