@@ -162,8 +162,10 @@ def drive(study_folder: Path, **more: Any) -> subprocess.Popen[str]:
     """A launcher in a process of its own."""
     script = DRIVER.format(root=str(Path(__file__).parents[2]))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(study_folder), json.dumps(more)], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", script, str(study_folder), json.dumps(more)], stdout=subprocess.PIPE, text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

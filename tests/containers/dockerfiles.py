@@ -50,12 +50,12 @@ class Dockerfile:
         return [one for one in self.stages[stage] if one.name in names]
 
 
-def read(image: str) -> Dockerfile:
-    """The Dockerfile of one image."""
+def read(image: str, project: Path = ROOT) -> Dockerfile:
+    """The Dockerfile of one image, in a checkout or in the source that a build gets."""
     arguments: dict[str, str] = {}
     stages: dict[str, list[Instruction]] = {}
     stage: list[Instruction] | None = None
-    for line in DockerfileParser(path=str(CONTAINERS / image / "Dockerfile")).structure:
+    for line in DockerfileParser(path=str(project / "containers" / image / "Dockerfile")).structure:
         if line["instruction"] == "COMMENT":
             continue
         one = _instruction(line["instruction"], line["value"])
@@ -78,22 +78,25 @@ def _instruction(name: str, value: str) -> Instruction:
     return Instruction(name, value, tuple(flags))
 
 
-def run_in_python(file: Dockerfile, stage: str, root: Path, python: Path, given: dict[str, str]) -> str:
+def run_in_python(
+    file: Dockerfile, stage: str, root: Path, python: Path, given: dict[str, str], project: Path = ROOT
+) -> str:
     """Run a stage in ``python``'s environment, with the image's folders in ``root``; what it printed.
 
     COPY copies, ENV sets, RUN runs where it is in Python; all else is left out. given: over what ENV sets.
+    project: the folder that is built from.
     AssertionError: a step failed.
     """
     environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     printed = ""
     for one in file.stages[stage]:
         if one.name == "COPY":
-            copy(one.words[:-1], Path(there(one.words[-1], root)))
+            copy(one.words[:-1], Path(there(one.words[-1], root)), project)
         elif one.name == "ENV":
             pairs = (word.partition("=") for word in one.words)
             environment |= {name: there(value, root) for name, _, value in pairs if name not in ("PATH", *given)}
         elif one.name == "RUN" and one.value.startswith(IN_PYTHON):
-            mounts = {target: str(ROOT / source) for source, target in map(bind, one.flags) if source}
+            mounts = {target: str(project / source) for source, target in map(bind, one.flags) if source}
             # On the environment here, and not on the Python that this was made of.
             libraries = site_packages(python)
             lay = f"echo {libraries} > \\1/{libraries.relative_to(python.parents[1])}/below.pth"
@@ -116,14 +119,14 @@ def site_packages(python: Path) -> Path:
     return found
 
 
-def copy(sources: list[str], target: Path) -> None:
+def copy(sources: list[str], target: Path, project: Path) -> None:
     """As COPY does: files into a folder, the content of a folder as it."""
     for source in sources:
-        if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        if (project / source).is_dir():
+            shutil.copytree(project / source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         else:
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(STAND_INS.get(source, ROOT / source), target / Path(source).name)
+            shutil.copyfile(STAND_INS.get(source, project / source), target / Path(source).name)
 
 
 def there(text: str, root: Path) -> str:

@@ -75,12 +75,6 @@ ENCODED: list[tuple[Family, str, int, dict[str, Any], int, float]] = [
     ("sdxl", LORA, 1024, FLOAT, 8, 37.16),
     ("sdxl", DREAM, 1024, {}, 8, 35.62),
 ]
-DRAWN: list[tuple[Family, int, int, float]] = [
-    ("sd1", 512, 8, 9.07),
-    ("sdxl", 1024, 1, 10.27),
-    ("sdxl", 1024, 4, 21.07),
-    ("sdxl", 1024, 8, 34.75),
-]
 KOHYA: list[tuple[Family, dict[str, Any], float]] = [
     ("sd1", {}, 4339 / 1024),
     ("sd1", {"mixed_precision": "fp16"}, 5003 / 1024),
@@ -142,13 +136,12 @@ def test_encoding_takes_what_was_measured(
     assert found.encoding == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize(("family", "resolution", "pictures", "measured"), DRAWN)
-def test_drawing_takes_what_was_measured(
-    family: Family, resolution: int, pictures: int, measured: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "DECODED", memory.DECODED * pictures)
-    drawn = method(LORA, sample_prompt=["a cat"], num_samples=1)
-    assert estimate(drawn, family, resolution).drawing == pytest.approx(measured, rel=0.05)
+def test_drawing_takes_what_was_measured() -> None:
+    """Four samples of SDXL, which leave the VAE one by one; measured on an H100 with 14.5 GiB of it."""
+    drawn = method(LORA, sample_prompt=["a cat"], num_samples=4)
+    assert estimate(drawn, "sdxl", 1024).drawing == pytest.approx(11.83, rel=0.05)
+    # SD 1.5 drew eight at once in 9.1 GiB; one by one it needs less than half of that.
+    assert estimate(drawn, "sd1", 512).drawing < 9.1 / 2
 
 
 @pytest.mark.parametrize(("family", "settings", "measured"), KOHYA)

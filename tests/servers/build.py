@@ -1,28 +1,32 @@
 """Cloud Build on 127.0.0.1, with Artifact Registry, Service Usage and the making of buckets: their REST protocols.
 
 A build is checked as the service checks it, and played: its steps succeed one after the other, with the lines that they
-were told to write, or fail as they were told. Nothing is run. The log goes where the build says, into a storage server,
-by pieces that end anywhere; what succeeds is in the registry then.
+were told to write, or fail as they were told. Nothing is run but what a test gives them to do. The log goes where the
+build says, into a storage server, by pieces that end anywhere; what succeeds is in the registry then.
 
     with BuildServer(storage) as server:
         server.registry.repository("my-project", "us-central1", "sdtune")
         server.script("smoke-test", Script(["Traceback ..."], exit_code=1))
 
-Not there: triggers, worker pools, approvals, what a step does, the rights of accounts.
+Not there: triggers, worker pools, approvals, Docker, the rights of accounts.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
+import tarfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -49,12 +53,16 @@ PIECE = 41
 
 @dataclass
 class Script:
-    """What a step does. hold: an event that it waits for before it ends; seconds: that it takes."""
+    """What a step does. hold: an event that it waits for before it ends; seconds: that it takes.
+
+    work: does it for real, in the folder of the unpacked source, and returns the lines; AssertionError: it failed.
+    """
 
     lines: Iterable[str] = ()
     exit_code: int = 0
     hold: threading.Event | None = None
     seconds: float = 0.0
+    work: Callable[[Path], Iterable[str]] | None = None
 
 
 @dataclass
@@ -230,7 +238,8 @@ class BuildServer:
                     break
                 step.status, step.timing = STATUS.WORKING, {"start_time": datetime.now(UTC)}
             prefix = f'Step #{number} - "{name}"'
-            log.write(f"Starting {prefix}", *(f"{prefix}: {line}" for line in script.lines))
+            lines, exit_code = self._done(script, build)
+            log.write(f"Starting {prefix}", *(f"{prefix}: {line}" for line in lines))
             if script.hold:
                 script.hold.wait()
             self._closed.wait(self.delay or script.seconds)
@@ -239,10 +248,10 @@ class BuildServer:
                     step.status = STATUS.CANCELLED
                     break
                 step.timing.end_time = datetime.now(UTC)
-                step.exit_code = script.exit_code
-                step.status = STATUS.FAILURE if script.exit_code else STATUS.SUCCESS
-            if script.exit_code:
-                text = f"step exited with non-zero status: {script.exit_code}"
+                step.exit_code = exit_code
+                step.status = STATUS.FAILURE if exit_code else STATUS.SUCCESS
+            if exit_code:
+                text = f"step exited with non-zero status: {exit_code}"
                 log.write("ERROR", f'ERROR: build step {number} "{step.name}" failed: {text}')
                 detail = f'Build step failure: build step {number} "{step.name}" failed: {text}'
                 return self._end(build, STATUS.FAILURE, "USER_BUILD_STEP", detail)
@@ -251,6 +260,21 @@ class BuildServer:
             log.write("CANCELLED", "ERROR: context canceled")
             return None
         return self._push(build, log)
+
+    def _done(self, script: Script, build: types.Build) -> tuple[Iterable[str], int]:
+        """The lines of a step, and its exit code."""
+        if script.work is None:
+            return script.lines, script.exit_code
+        assert self.storage
+        source = build.source.storage_source
+        packed = self.storage.buckets[source.bucket][source.object_].data
+        with TemporaryDirectory(prefix="build-") as folder:
+            with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+                archive.extractall(folder, filter="data")
+            try:
+                return [*script.lines, *script.work(Path(folder))], 0
+            except AssertionError as error:
+                return str(error).splitlines(), 1
 
     def _script_of(self, step: str, build: types.Build) -> Script:
         uri = build.images[0] if build.images else ""

@@ -65,8 +65,8 @@ STATE = {"adamw": 8.0, "adamw8bit": 2.06, "prodigy": 16.0, "adafactor": 1.0, "li
 """Bytes that an optimizer keeps of each trained parameter; of Adafactor see Model."""
 ENCODER_TENSORS = 6 * 128
 """Numbers for each pixel that the VAE holds at once while it encodes: six tensors of 128 channels."""
-DECODED = 3.5
-"""GiB that the VAE takes to draw one picture of 1024 x 1024 pixels, of any family: its norms are float32."""
+DECODED = {HALF: 3.5, FLOAT: 4.8}
+"""GiB that the VAE takes to draw one picture of 1024 x 1024 pixels, by what it computes in."""
 WHOLE_MODEL = 1.09
 """All weights are trained: so much more is kept for the backward pass than beside a LoRA."""
 LATE = 0.6
@@ -129,13 +129,15 @@ def estimate(method: CommonFields, family: Family, resolution: int) -> MemoryEst
     step = max(copies + kept, gradients + LATE * checkpointed * pictures)
 
     loaded = (frozen + weights) / GIB
-    encoded = ENCODER_TENSORS * (FLOAT if model.vae_in_float else told.compute) * MEGAPIXEL / GIB
+    of_vae = FLOAT if model.vae_in_float else told.compute
+    encoded = ENCODER_TENSORS * of_vae * MEGAPIXEL / GIB
+    decoded = DECODED[of_vae] * pixels
     return MemoryEstimate(
         family, resolution, frozen / GIB, trained / GIB, step,
         encoding=BASE + loaded + encoded * pixels * told.encoded_at_once(resolution),
         drawing=max(
-            BASE + loaded + DECODED * pixels * told.drawn_before,
-            BASE + (frozen + trained) / GIB + DECODED * pixels * told.drawn,
+            BASE + loaded + decoded * told.drawn_before,
+            BASE + (frozen + trained) / GIB + decoded * told.drawn,
         ),
     )  # fmt: skip
 
