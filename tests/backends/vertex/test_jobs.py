@@ -33,7 +33,7 @@ def cloud(server: Cloud[Any], monkeypatch: pytest.MonkeyPatch) -> Cloud[Any]:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     # Nobody waits between tries.
-    monkeypatch.setattr("sdtune.backends.vertex.once.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sdtune.backends.vertex.regions.time.sleep", lambda seconds: None)
     # Jobs run a script of the test in place of the trainer.
     monkeypatch.setattr("sdtune.backends.vertex.specs.COMMAND", ("python", "-c"))
     server.vertex.requests.clear()

@@ -192,7 +192,7 @@ def test_a_study_is_made_once_whatever_becomes_of_the_answer(
     cloud: Cloud[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = len(cloud.vertex.studies.made)
-    monkeypatch.setattr("sdtune.backends.vertex.once.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sdtune.backends.vertex.regions.time.sleep", lambda seconds: None)
     cloud.vertex.cut("POST", "hyperparameterTuningJobs$")
     cloud.vertex.fail("POST", "hyperparameterTuningJobs$", 503, times=1)
     submitted = studies().submit(study("once", max_trials=1, parallel_trials=1))

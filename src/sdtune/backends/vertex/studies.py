@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import yaml
@@ -16,9 +16,9 @@ from requests import RequestException
 from sdtune import events
 from sdtune.backends.vertex.asking import Project, first_line
 from sdtune.backends.vertex.google import StudiesClient
-from sdtune.backends.vertex.once import make_once
 from sdtune.backends.vertex.quota_checks import gpu_quota
-from sdtune.backends.vertex.reasons import Place, explained, translate
+from sdtune.backends.vertex.reasons import translate
+from sdtune.backends.vertex.regions import Regions
 from sdtune.backends.vertex.specs import RUN_LABEL, VERSION_LABEL
 from sdtune.backends.vertex.study_specs import COLLECTION, study_record, tuning_job
 from sdtune.errors import CapacityError, JobError, RecipeError, SdtuneError
@@ -36,7 +36,8 @@ class VertexStudies:
     outlives: ClassVar[bool] = True
 
     def __init__(self, placement: Placement) -> None:
-        self.placement = placement.in_project()
+        self._regions = Regions(placement)
+        self.placement = self._regions.placement
         self._client = StudiesClient()
 
     def render(self, study: Study) -> dict[str, Any]:
@@ -85,11 +86,14 @@ class VertexStudies:
 
     def find(self, study: str) -> StudyRecord:
         """See StudyArchive."""
-        regions = ", ".join(self.placement.region)
+        regions = str(self._regions)
         if study.startswith("projects/"):
             return self._get(study)
         if study.isdigit():
-            return self._by_number(study)
+            job = self._regions.first("the study cannot be looked at", COLLECTION, study, self._client.get)
+            if job is None:
+                raise JobError(f"there is no study {study} in {regions}; --region says where else to look.")
+            return self._in_words(study_record(job))
         wanted = study.rstrip("/")
         if found := next((one for one in self.studies() if wanted in (one.name, one.output)), None):
             return self._get(found.study_id)
@@ -119,21 +123,21 @@ class VertexStudies:
         found = self._get(study_id)
         if found.has_ended:
             raise JobError(f"study {found.number} has ended already ({found.state}); there is nothing to cancel.")
-        with self._asking("the study cannot be cancelled", study_id):
+        with self._regions.asking("the study cannot be cancelled", study_id):
             self._client.cancel(study_id)
 
     def _submit(self, rendered: dict[str, Any], region: str, run_id: str) -> Submitted:
         """Make the study in ``region``, once, whatever becomes of an answer."""
-        made = make_once(
-            lambda: study_record(self._client.create(self._parent(region), rendered)),
-            lambda: next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None),
+        made = self._regions.make_once(
             "the study cannot be submitted",
-            self._place(region),
+            region,
+            lambda: study_record(self._client.create(self._regions.parent(region), rendered)),
+            lambda: next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None),
         )
         return Submitted(made.study_id, made.number, made.region, made.url)
 
     def _get(self, study_id: str) -> StudyRecord:
-        with self._asking("the study cannot be looked at", study_id):
+        with self._regions.asking("the study cannot be looked at", study_id):
             return self._in_words(study_record(self._client.get(study_id)))
 
     def _in_words(self, found: StudyRecord) -> StudyRecord:
@@ -149,36 +153,8 @@ class VertexStudies:
         """What the trainer itself said last, where the message has it."""
         said = (event for line in message.splitlines() if isinstance(event := events.parse(line), events.Failed))
         failed = next(said, None)
-        return failed.text if failed else translate(message, self._place(region)).text
-
-    def _by_number(self, number: str) -> StudyRecord:
-        for region in self.placement.region:
-            name = f"{self._parent(region)}/{COLLECTION}/{number}"
-            with self._asking("the study cannot be looked at", name):
-                try:
-                    return self._in_words(study_record(self._client.get(name)))
-                except api.NotFound:
-                    continue
-        raise JobError(
-            f"there is no study {number} in {', '.join(self.placement.region)}; --region says where else to look."
-        )
+        return failed.text if failed else translate(message, self._regions.place(region)).text
 
     def _listed(self, region: str, text: str) -> Iterator[StudyRecord]:
-        with self._asking("studies cannot be listed", self._parent(region)):
-            found = self._client.list(self._parent(region), text)
-        while True:
-            # Each page is asked for as it is reached.
-            with self._asking("studies cannot be listed", self._parent(region)):
-                job = next(found, None)
-            if job is None:
-                return
-            yield study_record(job)
-
-    def _asking(self, what: str, name: str) -> AbstractContextManager[None]:
-        return explained(what, self._place(name.split("/")[3]))
-
-    def _place(self, region: str) -> Place:
-        return Place(self.placement.project or "", region, self.placement.effective_strategy)
-
-    def _parent(self, region: str) -> str:
-        return f"projects/{self.placement.project}/locations/{region}"
+        ask = partial(self._client.list, text=text)
+        return map(study_record, self._regions.listed("studies cannot be listed", region, ask))
