@@ -13,7 +13,16 @@ import yaml
 
 import sdtune
 from sdtune.errors import ProjectError, RecipeError
-from sdtune.jobs.images import CONTAINERS, BuildSettings, Source, bucket_of, find_source, pinned_bases, plan_image
+from sdtune.jobs.images import (
+    CONTAINERS,
+    BuildSettings,
+    Source,
+    bucket_of,
+    find_source,
+    pinned_bases,
+    plan_image,
+    record_bases,
+)
 from sdtune.jobs.placement import Placement
 from sdtune.methods.settings import read_settings
 from tests.conftest import ROOT
@@ -117,6 +126,24 @@ def test_bases_with_a_known_digest_are_pinned_and_part_of_the_source(root: Path)
     image = plan_image("diffusers", "train", PLACEMENT, root)
     assert image.bases == {"BASE": "python:3@sha256:01"}
     assert image.source.digest != before
+
+
+def test_the_digest_of_a_base_is_noted_once_where_a_checkout_does_not_know_it(root: Path) -> None:
+    file = root / "containers" / "base-images.yaml"
+    file.write_text('# kept\nBASE:\n  tag: python:3\n  digest: ""\nOTHER:\n  tag: x/y:1\n  digest: sha256:00\n')
+    used = ["docker.io/library/python:3@sha256:01", "x/y:1@sha256:02", "z:1@sha256:03"]
+    assert record_bases(used, root) == ["python:3@sha256:01"]
+    assert pinned_bases(root) == {"BASE": "python:3@sha256:01", "OTHER": "x/y:1@sha256:00"}
+    assert file.read_text().startswith("# kept\n")
+    assert record_bases(used, root) == []
+
+
+def test_what_an_installed_package_carries_is_left_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "sources" / "containers" / "base-images.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text('BASE:\n  tag: python:3\n  digest: ""\n')
+    assert record_bases(["python:3@sha256:01"], tmp_path / "sources") == []
+    assert '""' in file.read_text()
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -11,7 +11,7 @@ from sdtune.commands.running import uploaded
 from sdtune.errors import JobError, RecipeError, SdtuneError
 from sdtune.jobs.backend import Submitted
 from sdtune.jobs.builder import BuildEnd, Builder, BuildNews, ImageRecord
-from sdtune.jobs.images import CONTAINERS, BuildSettings, ImageSpec, Target, image_name, plan_image
+from sdtune.jobs.images import BASES, CONTAINERS, BuildSettings, ImageSpec, Target, image_name, plan_image, record_bases
 from sdtune.jobs.placement import Placement
 
 
@@ -99,6 +99,8 @@ def follow_builds(builder: Builder, build_ids: Sequence[str]) -> Iterator[Told]:
             if isinstance(item, BuildEnd) and not item.succeeded:
                 failed.append(item)
             yield item
+            if isinstance(item, BuildEnd) and (noted := record_bases(item.bases)):
+                yield events.Note(f"{BASES} now has {', '.join(noted)}: the next build is on the same.")
     if failed:
         raise JobError("\n".join(map(explain, failed)))
 

@@ -10,9 +10,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,8 @@ MODEL = "examples/base-model"
 """What the smoke test trains; its pictures it draws itself."""
 BASES = "containers/base-images.yaml"
 """The images that these are built on, with the digests that their tags have had."""
+CARRIED = "sources"
+"""The folder of the installed package that has what a checkout has around it."""
 OF_A_MODEL = (".json", ".txt", ".safetensors")
 
 
@@ -123,7 +126,7 @@ class Source:
 def source_root() -> Path:
     """The folder with ``containers/`` and ``examples/``: in the installed package, or the checkout around it."""
     package = Path(sdtune.__file__).parent
-    carried = package / "sources"
+    carried = package / CARRIED
     return carried if carried.is_dir() else package.parents[1]
 
 
@@ -153,6 +156,29 @@ def pinned_bases(root: Path | None = None) -> dict[str, str]:
     path = (root or source_root()) / BASES
     listed = read_settings(path, "bases") if path.is_file() else {}
     return {name: f"{base['tag']}@{base['digest']}" for name, base in listed.items() if base.get("digest")}
+
+
+def record_bases(used: Iterable[str], root: Path | None = None) -> list[str]:
+    """Note which digests the bases had, where a checkout does not know them yet; those that were noted.
+
+    used: addresses such as docker.io/library/python:3@sha256:..., as a build tells them. What came with an installed
+    package is left as it is.
+    """
+    root = root or source_root()
+    path = root / BASES
+    if root.name == CARRIED or not path.is_file() or not os.access(path, os.W_OK):
+        return []
+    text, noted = path.read_text(encoding="utf-8"), []
+    for base in used:
+        address, _, digest = base.partition("@")
+        for named in re.finditer(r'(?m)^  tag: (\S+)\n  digest: ""$', text):
+            tag = named[1]
+            if address == tag or address.endswith(f"/{tag}"):
+                text = text.replace(named[0], f"  tag: {tag}\n  digest: {digest}")
+                noted.append(f"{tag}@{digest}")
+    if noted:
+        path.write_text(text, encoding="utf-8")
+    return noted
 
 
 def _below(folder: Path) -> Iterator[tuple[str, Path]]:
