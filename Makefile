@@ -42,6 +42,7 @@ containers: $(VENV)/.dev ## Install each image's lock into a new environment and
 bench: $(VENV)/.dev ## Measure the command line and the dataset check; results go to benchmarks/RESULTS.md by hand
 	$(BIN)/python benchmarks/cli_speed.py
 	$(BIN)/python benchmarks/check_speed.py
+	PYTHONPATH=. $(BIN)/python benchmarks/cloud_speed.py
 
 snapshots: $(VENV)/.dev ## Renew the stored outputs that tests compare with
 	$(BIN)/python -m pytest tests/snapshots --snapshot-update
