@@ -15,13 +15,19 @@ from sdtune.cli import hpo_view, train
 from sdtune.cli.options import parameters_of, read_config, typed_settings
 from sdtune.cli.output import open_console
 from sdtune.cli.sections import sectioned
-from sdtune.cli.session import JsonOption, ProjectOption, RegionOption, archive_placement, open_session
+from sdtune.cli.session import (
+    JsonOption,
+    ProjectOption,
+    RegionOption,
+    archive_placement,
+    dataset_and_output,
+    open_session,
+)
 from sdtune.commands.hpo import best_of, find_study, plan_study, raise_if_failed, recipe_text, trial_of, winning_recipe
 from sdtune.commands.running import uploaded
 from sdtune.errors import INTERRUPTED, JobError, RecipeError
 from sdtune.jobs.backend import Submitted
 from sdtune.jobs.placement import Placement
-from sdtune.jobs.project import from_environment
 from sdtune.jobs.study import StudyArchive, StudyRecord
 from sdtune.jobs.study_settings import StudySettings
 from sdtune.methods.catalog import METHODS
@@ -56,10 +62,7 @@ def run(
 ) -> None:
     """Check, show the plan, start, follow."""
     recipe = read_config(config, method)
-    places = {**recipe, **from_environment(("dataset", "output"))}
-    dataset, output = dataset or places.get("dataset"), output or places.get("output")
-    for name in ("dataset", "output"):
-        recipe.pop(name, None)
+    dataset, output = dataset_and_output(dataset, output, recipe)
     asked = {name: recipe.pop(name) for name in StudySettings.model_fields if name in recipe}
     session = open_session(arguments, recipe, backend=backend, output=output, json=json, dry_run=dry_run)
     studies = open_studies("vertex" if session.placement else "local", session.placement or Placement())

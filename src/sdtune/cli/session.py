@@ -15,7 +15,7 @@ from sdtune.commands.checks import Mistakes
 from sdtune.errors import RecipeError
 from sdtune.jobs.backend import Backend
 from sdtune.jobs.placement import Placement
-from sdtune.jobs.project import find_project_file, read_project_file, settled
+from sdtune.jobs.project import find_project_file, from_environment, read_project_file, settled
 from sdtune.methods.places import BUCKETS, MOUNT
 
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")]
@@ -73,6 +73,15 @@ def open_session(
     # The rest is looked at all the same, but nobody is asked on behalf of a project that is not known.
     unknown = Placement(project="unknown-project")
     return Session(open_console(json), open_backend(name, unknown, offline=True), unknown, mistakes, True)
+
+
+def dataset_and_output(
+    dataset: str | None, output: str | None, recipe: dict[str, Any]
+) -> tuple[str | None, str | None]:
+    """Both as typed, as the environment or the recipe has them; takes them out of ``recipe``."""
+    in_recipe: dict[str, Any] = {name: recipe.pop(name) for name in ("dataset", "output") if name in recipe}
+    places = {**in_recipe, **from_environment(("dataset", "output"))}
+    return dataset or places.get("dataset"), output or places.get("output")
 
 
 def open_placement(

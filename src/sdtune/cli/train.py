@@ -13,11 +13,10 @@ from sdtune.backends.registry import BACKENDS, open_builder
 from sdtune.cli.following import run_and_follow
 from sdtune.cli.options import parameters_of, read_config, typed_settings
 from sdtune.cli.sections import sectioned
-from sdtune.cli.session import JsonOption, Session, open_session
+from sdtune.cli.session import JsonOption, Session, dataset_and_output, open_session
 from sdtune.commands.build import image_note
 from sdtune.commands.train import plan_train
 from sdtune.jobs.placement import Placement
-from sdtune.jobs.project import from_environment
 from sdtune.methods.catalog import ALIASES, METHODS
 from sdtune.methods.fields import CommonFields, PublishFields
 
@@ -52,10 +51,7 @@ def run(
 ) -> None:
     """Check, show the plan, start, follow."""
     recipe = read_config(config, method)
-    places = {**recipe, **from_environment(("dataset", "output"))}
-    dataset, output = dataset or places.get("dataset"), output or places.get("output")
-    for name in ("dataset", "output"):
-        recipe.pop(name, None)
+    dataset, output = dataset_and_output(dataset, output, recipe)
     session = open_session(arguments, recipe, backend=backend, output=output, json=json, dry_run=dry_run)
     console = session.console
     with console.checking() as progress:

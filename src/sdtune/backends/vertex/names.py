@@ -15,8 +15,3 @@ def job_url(job_id: str) -> str:
 def quota_url(project: str) -> str:
     """The page where more of a quota is asked for."""
     return f"{CONSOLE}/iam-admin/quotas?project={project}&service=aiplatform.googleapis.com"
-
-
-def bucket_url(address: str) -> str:
-    """The page of a folder, given as gs://bucket/path."""
-    return f"{CONSOLE}/storage/browser/{address.removeprefix('gs://')}"
