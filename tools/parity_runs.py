@@ -161,9 +161,9 @@ def train(name: str, settings: dict[str, Any], datasets: dict[str, Path], output
 def _noting_draws(draws: list[Draw]) -> Any:
     real = loss.errors
 
-    def errors(parts: Any, latents: Any, rows: Any, captions: Any, noise: Any, timesteps: Any) -> torch.Tensor:
+    def errors(parts: Any, latents: Any, conditioning: Any, noise: Any, timesteps: Any) -> torch.Tensor:
         draws.append(Draw(latents, noise, timesteps))
-        return real(parts, latents, rows, captions, noise, timesteps)
+        return real(parts, latents, conditioning, noise, timesteps)
 
     return errors
 

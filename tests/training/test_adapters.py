@@ -106,7 +106,7 @@ def test_each_model_has_its_own_size(settings: dict[str, Any], parts: Parts, run
         for layer in layers:
             assert (layer.r["default"], layer.lora_alpha["default"]) == (rank, alpha)
             assert layer.lora_dropout["default"].p == dropout
-    assert [group["lr"] for group in adapters.groups] == [method.learning_rate, 1e-6]
+    assert [group["lr"] for group in adapters.weights.groups(flat=True)] == [method.learning_rate, 1e-6]
     biases = [name for name, weight in parts.unet.named_parameters() if weight.requires_grad and name.endswith("bias")]
     # Of the attention only the way out has one.
     assert biases
@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_named(
 
 
 def test_a_text_encoder_that_is_not_trained_has_no_adapter(settings: dict[str, Any], parts: Parts, run: Run) -> None:
-    assert len(Adapters(parts, wanting(settings), run).groups) == 1
+    assert len(Adapters(parts, wanting(settings), run).weights.masters) == 1
     assert not any(weight.requires_grad for weight in parts.text_encoders[0].parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,8 @@ from PIL import Image
 
 from sdtune.errors import DatasetError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.training.components.data import Batch, CachedImages, cache_classes, cache_images, with_prior
+from sdtune.training.components.batches import Batch, Batches, WithPrior
+from sdtune.training.components.data import CachedImages, cache_classes, cache_images
 from sdtune.training.components.dataset import Picture, read_dataset
 from sdtune.training.components.models import Parts
 from sdtune.training.components.text import Captions
@@ -35,7 +37,13 @@ def numbered(repeats: list[int], empty: float = 0.0, shapes: str = "") -> Cached
 
 
 def take(images: CachedImages, size: int, batches: int, seed: int = 0) -> list[Batch]:
-    return list(islice(images.batches(size, torch.Generator().manual_seed(seed)), batches))
+    return list(islice(Batches(images, size, torch.Generator().manual_seed(seed)), batches))
+
+
+def with_prior(subject: CachedImages, klass: CachedImages, size: int) -> WithPrior:
+    generator = torch.Generator().manual_seed(0)
+    of_shape = {shape: Batches(same, size, generator) for shape, same in klass.by_shape().items()}
+    return WithPrior(Batches(subject, size, generator), of_shape)
 
 
 def seen(images: CachedImages, size: int, batches: int, seed: int = 0) -> list[int]:
@@ -70,9 +78,9 @@ def test_some_captions_are_dropped() -> None:
 
 def test_class_pictures_follow_the_subject() -> None:
     subject, klass = numbered([1, 1]), numbered([1] * 7)
-    generator = torch.Generator().manual_seed(0)
-    for batch in islice(with_prior(subject.batches(2, generator), klass, 2, generator), 10):
+    for batch in islice(with_prior(subject, klass, 2), 10):
         assert batch.prior == 2
+        assert batch.names == tuple(f"{number - 1}.png" for number in batch.captions.tolist())
         assert sorted(batch.captions[:2].tolist()) == [1, 2]
         assert batch.latents[:, 0, 0, 0].int().tolist() == batch.captions.tolist()
 
@@ -93,13 +101,26 @@ def test_batches_are_of_one_shape_and_no_picture_is_left_out(size: int) -> None:
 
 def test_class_pictures_have_the_shapes_of_the_subject() -> None:
     subject, klass = numbered([1] * 4, shapes="sswh"), numbered([1] * 5, shapes="swshw")
-    generator = torch.Generator().manual_seed(0)
     used = set()
-    for batch in islice(with_prior(subject.batches(2, generator), klass, 2, generator), 40):
+    for batch in islice(with_prior(subject, klass, 2), 40):
         shapes = {subject.shapes[number - 1] for number in batch.captions[:2].tolist()}
         assert {klass.shapes[number - 1] for number in batch.captions[2:].tolist()} == shapes
         used |= set(batch.captions[2:].tolist())
     assert used == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_batches_go_on_where_another_process_was(size: int) -> None:
+    images = numbered([1] * 6 + [2], empty=0.2, shapes="swsshws")
+    generators = [torch.Generator().manual_seed(3), torch.Generator()]
+    before, after = (Batches(images, size, generator) for generator in generators)
+    list(islice(before, 7))
+    generators[1].set_state(generators[0].get_state())
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    for _ in range(30):
+        one, other = next(before), next(after)
+        assert torch.equal(one.latents, other.latents)
+        assert torch.equal(one.captions, other.captions)
 
 
 def test_latents_are_drawn_anew_around_the_mean() -> None:

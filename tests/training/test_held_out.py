@@ -67,7 +67,7 @@ def test_it_is_measured_when_due(
 
 def test_dropout_of_a_trained_text_encoder_is_off(settings: dict[str, Any], run: Run, parts: Parts) -> None:
     trained = DreamBoothLora.from_settings({**settings, "train_text_encoder": True, "lora_dropout": 0.9})
-    attach_lora(parts, trained)
+    attach_lora(parts, trained, run)
     for encoder in parts.text_encoders:
         for name, weight in encoder.named_parameters():
             if "lora_B" in name:

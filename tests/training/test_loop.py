@@ -14,14 +14,15 @@ import torch
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.training.components.data import Batch
-from sdtune.training.components.loop import fit
+from sdtune.training.components.batches import Batch, Noised
+from sdtune.training.components.loop import Training, fit
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.models import Parts
-from sdtune.training.components.optim import Group, build_optimizer
+from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.weights import Weights
 from sdtune.training.run import Run
 
-NO_BATCH = Batch(torch.zeros(1), torch.zeros(1))
+NO_BATCH = Noised(Batch(torch.zeros(1), torch.zeros(1), names=("7.png", "9.png")), torch.zeros(1), torch.zeros(1))
 NO_MODEL = Parts([], [], None, torch.nn.Identity(), None, Family.SD1)
 
 
@@ -29,8 +30,8 @@ def method(**settings: Any) -> DreamBoothLora:
     return DreamBoothLora.from_settings({"instance_prompt": "x", "mixed_precision": "no", **settings})
 
 
-def groups(weight: torch.nn.Parameter, the_method: DreamBoothLora) -> list[Group]:
-    return [{"params": [weight], "lr": the_method.learning_rate}]
+def weights_of(weight: torch.nn.Parameter, the_method: DreamBoothLora) -> Weights:
+    return Weights([{"params": [weight], "lr": the_method.learning_rate}], torch.float32)
 
 
 @pytest.fixture
@@ -40,8 +41,8 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def fitted(run: Run, the_method: DreamBoothLora, loss_of: Any, weight: torch.nn.Parameter, **more: Any) -> Any:
-    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
-    return fit(loss_of, NO_MODEL, optimizer, schedule, repeat(NO_BATCH), the_method, run, **more)
+    training = Training(weights_of(weight, the_method), repeat(NO_BATCH), the_method, run)  # type: ignore[arg-type]
+    return fit(loss_of, NO_MODEL, training, the_method, run, **more)
 
 
 def steps_told(capsys: pytest.CaptureFixture[str]) -> list[events.Step]:
@@ -62,7 +63,7 @@ def test_the_learning_rate_reaches_the_optimizer_and_follows_the_schedule() -> N
         learning_rate=5e-5, lr_scheduler="constant_with_warmup", lr_warmup_steps=4, adam_beta1=0.8, adam_beta2=0.9,
         adam_weight_decay=0.3, adam_epsilon=1e-6,
     )  # fmt: skip
-    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
+    optimizer, schedule = build_optimizer(weights_of(weight, the_method), the_method)
     group = optimizer.param_groups[0]
     assert group["betas"] == (0.8, 0.9)
     assert (group["weight_decay"], group["eps"]) == (0.3, 1e-6)
@@ -95,9 +96,9 @@ def test_gradients_are_clipped(run: Run) -> None:
     weight = torch.nn.Parameter(torch.ones(4))
     norms = []
     the_method = method(max_train_steps=1, max_grad_norm=0.25)
-    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
-    optimizer.register_step_pre_hook(lambda *_: norms.append(weight.grad.norm().item()))  # type: ignore[union-attr]
-    fit(lambda _: (1000 * weight).sum(), NO_MODEL, optimizer, schedule, repeat(NO_BATCH), the_method, run)
+    training = Training(weights_of(weight, the_method), repeat(NO_BATCH), the_method, run)  # type: ignore[arg-type]
+    training.optimizer.register_step_pre_hook(lambda *_: norms.append(weight.grad.norm().item()))  # type: ignore[union-attr]
+    fit(lambda _: (1000 * weight).sum(), NO_MODEL, training, the_method, run)
     assert norms == [pytest.approx(0.25, rel=1e-4)]
 
 
@@ -105,7 +106,7 @@ def test_gradients_are_clipped(run: Run) -> None:
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(run: Run, bad: float) -> None:
     weight = torch.nn.Parameter(torch.ones(1))
     count = iter(range(1, 100))
-    with pytest.raises(TrainingError, match=rf"the loss was {bad} at step 6: .*Lower --learning-rate"):
+    with pytest.raises(TrainingError, match=rf"the loss was {bad} at step 6 \(7.png, 9.png\): .*Lower --learning-rate"):
         fitted(run, method(max_train_steps=20), lambda _: weight.sum() * (bad if next(count) >= 6 else 1), weight)
 
 
@@ -136,7 +137,7 @@ def test_the_polynomial_schedule_ends_at_1e_7_with_every_optimizer(name: str) ->
     weight = torch.nn.Parameter(torch.ones(8, 8))
     rate = 0.5 if name == "prodigy" else 5e-5
     the_method = method(learning_rate=rate, optimizer=name, lr_scheduler="polynomial", max_train_steps=4)
-    optimizer, schedule = build_optimizer(groups(weight, the_method), the_method)
+    optimizer, schedule = build_optimizer(weights_of(weight, the_method), the_method)
     rates = []
     for _ in range(5):
         rates.append(schedule.get_last_lr()[0])
@@ -148,4 +149,4 @@ def test_the_polynomial_schedule_ends_at_1e_7_with_every_optimizer(name: str) ->
 def test_a_missing_optimizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
     with pytest.raises(TrainingError, match=r"the library lion_pytorch is not installed.*\[optimizers\]"):
-        build_optimizer([], method(optimizer="lion"))
+        build_optimizer(weights_of(torch.nn.Parameter(torch.ones(1)), method()), method(optimizer="lion"))

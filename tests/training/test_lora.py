@@ -21,11 +21,13 @@ from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.lora import CONVOLUTIONS, attach_lora
 from sdtune.training.components.lora_weights import collect_lora
 from sdtune.training.components.models import Parts
+from sdtune.training.run import Run
 from tests.conftest import BASE_MODEL
 
 
-def test_convolutions_have_their_own_rank_and_alpha(settings: dict[str, Any], parts: Parts) -> None:
-    attach_lora(parts, DreamBoothLora.from_settings({**settings, "lora_alpha": 2, "conv_rank": 3, "conv_alpha": 1.5}))
+def test_convolutions_have_their_own_rank_and_alpha(settings: dict[str, Any], parts: Parts, run: Run) -> None:
+    method = DreamBoothLora.from_settings({**settings, "lora_alpha": 2, "conv_rank": 3, "conv_alpha": 1.5})
+    attach_lora(parts, method, run)
     weights = collect_lora(parts.unet)["unet"]
     convolutions = {path for path, module in parts.unet.named_modules() if path.endswith(CONVOLUTIONS)}
     # Two in each ResNet of the two blocks down, the middle and the two blocks up, one down, one up.

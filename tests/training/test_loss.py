@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from sdtune.methods.dreambooth import DreamBoothLora
-from sdtune.training.components.data import Batch
+from sdtune.training.components.batches import Batch, noised
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.loss import diffusion_loss, snr_weights
 from sdtune.training.components.models import Parts
@@ -22,7 +22,7 @@ SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linea
 class Recorder(torch.nn.Module):
     """A UNet that predicts zeros and remembers what it was asked."""
 
-    dtype = torch.float32
+    dtype, device = torch.float32, torch.device("cpu")
 
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor, **rest: Any) -> Any:
         self.sample, self.timesteps, self.rest = sample, timesteps, rest
@@ -53,8 +53,8 @@ def loss_of(
     captions: Any = None,
 ) -> float:  # fmt: skip
     batch = Batch(latents, torch.zeros(len(latents), dtype=torch.int64), prior)
-    generator = torch.Generator().manual_seed(seed)
-    return diffusion_loss(the_parts, batch, captions or Silence(), the_method, generator).item()
+    drawn = noised(batch, 1000, the_method.noise_offset, torch.Generator().manual_seed(seed))
+    return diffusion_loss(the_parts, drawn, captions or Silence(), the_method).item()
 
 
 def test_a_unet_that_says_nothing_is_wrong_by_the_variance_of_the_noise() -> None:

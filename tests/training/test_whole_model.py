@@ -31,7 +31,7 @@ def move(parts: Parts, by: float) -> None:
 
 
 def test_what_is_saved_opens_and_draws_the_same(settings: dict[str, Any], parts: Parts, run: Run) -> None:
-    weights = WholeModel(parts, whole(settings), ["unet"])
+    weights = WholeModel(parts, whole(settings), ["unet"], run)
     move(parts, 1e-2)
     assert weights.save(run) == pytest.approx(1e-2, rel=1e-4)
     opened = StableDiffusionPipeline.from_pretrained(run.output, dtype=torch.float32)
@@ -44,7 +44,7 @@ def test_what_is_saved_opens_and_draws_the_same(settings: dict[str, Any], parts:
 
 
 def test_every_version_of_transformers_finds_the_text_encoder(settings: dict[str, Any], parts: Parts, run: Run) -> None:
-    weights = WholeModel(parts, whole(settings), ["unet"])
+    weights = WholeModel(parts, whole(settings), ["unet"], run)
     move(parts, 1e-2)
     weights.save(run)
     with safe_open(run.output / "text_encoder" / "model.safetensors", "pt") as file:
@@ -53,7 +53,7 @@ def test_every_version_of_transformers_finds_the_text_encoder(settings: dict[str
 
 
 def test_the_single_file_is_the_same_model(settings: dict[str, Any], parts: Parts, run: Run) -> None:
-    weights = WholeModel(parts, whole(settings), ["unet"])
+    weights = WholeModel(parts, whole(settings), ["unet"], run)
     move(parts, 1e-2)
     weights.save(run)
     read = read_single_file(run.output / f"{run.output.name}.safetensors", torch.float32, config=BASE_MODEL)
@@ -65,7 +65,7 @@ def test_the_single_file_is_the_same_model(settings: dict[str, Any], parts: Part
 def test_files_have_the_type_that_was_asked_for(
     settings: dict[str, Any], parts: Parts, run: Run, precision: str, dtype: torch.dtype
 ) -> None:
-    weights = WholeModel(parts, whole(settings, save_precision=precision), ["unet"])
+    weights = WholeModel(parts, whole(settings, save_precision=precision), ["unet"], run)
     move(parts, 1e-2)
     weights.save(run)
     for name in (f"{run.output.name}.safetensors", "unet/diffusion_pytorch_model.safetensors"):
@@ -76,17 +76,18 @@ def test_files_have_the_type_that_was_asked_for(
 
 def test_nothing_learned_is_nothing_saved(settings: dict[str, Any], parts: Parts, run: Run) -> None:
     with pytest.raises(TrainingError, match="the model is what it was: nothing was learned"):
-        WholeModel(parts, whole(settings), ["unet"]).save(run)
+        WholeModel(parts, whole(settings), ["unet"], run).save(run)
     assert not (run.output / "model_index.json").exists()
 
 
 def test_the_moving_average_is_what_is_saved(settings: dict[str, Any], parts: Parts, run: Run) -> None:
     """diffusers' EMAModel: its decay begins at (1 + step) / (10 + step) and ends at ema_decay."""
-    weights = WholeModel(parts, whole(settings, use_ema=True, ema_decay=0.999), ["unet"])
+    weights = WholeModel(parts, whole(settings, use_ema=True, ema_decay=0.999), ["unet"], run)
     average = parts.unet.conv_out.bias.detach().clone()
     for step in range(1, 4):
         move(parts, 0.1)
-        weights.average(step)
+        assert weights.average
+        weights.average.step(weights.weights.masters)
         decay = 0.0 if step == 1 else min(0.999, step / (9 + step))
         average = decay * average + (1 - decay) * parts.unet.conv_out.bias.detach()
     weights.save(run)
@@ -97,8 +98,9 @@ def test_trained_parts_are_float32_and_frozen_ones_are_not(settings: dict[str, A
     method = whole(settings, train_text_encoder=True, text_encoder_lr=1e-7, mixed_precision="bf16")
     with Run.open(method, tmp_path, tmp_path / "out") as run:
         parts = load_parts(method, run, trained=["unet", "text_encoder"])
-        weights = WholeModel(parts, method, ["unet", "text_encoder"])
-    assert [group["lr"] for group in weights.groups] == [method.learning_rate, 1e-7]
-    assert parts.unet.dtype is parts.text_encoders[0].dtype is torch.float32
-    assert parts.vae.dtype is torch.bfloat16
-    assert all(weight.requires_grad for group in weights.groups for weight in group["params"])
+        weights = WholeModel(parts, method, ["unet", "text_encoder"], run).weights
+    assert [group["lr"] for group in weights.groups(flat=True)] == [method.learning_rate, 1e-7]
+    assert [master.dtype for master in weights.masters] == [torch.float32] * 2
+    assert parts.unet.dtype is parts.text_encoders[0].dtype is parts.vae.dtype is torch.bfloat16
+    with weights.full_precision():
+        assert parts.unet.dtype is parts.text_encoders[0].dtype is torch.float32

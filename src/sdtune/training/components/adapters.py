@@ -27,6 +27,7 @@ from sdtune.training.components.lora import TEXT_ENCODER_MODULES, lora_metadata,
 from sdtune.training.components.lycoris import write_lycoris
 from sdtune.training.components.models import Parts
 from sdtune.training.components.peft_folder import WEIGHTS_FILE
+from sdtune.training.components.weights import Weights
 from sdtune.training.run import Run
 
 KOHYA_KINDS = ("lora", "loha", "lokr", "hra")
@@ -44,9 +45,9 @@ class Size:
 
 
 class Adapters:
-    """The adapters of one run; ``groups`` is what the optimizer takes.
+    """The adapters of one run, and the ``weights`` that are trained.
 
-    What is trained is float32. The models are changed in place and draw as before until the first step.
+    The models are changed in place and draw as before until the first step.
     """
 
     def __init__(self, parts: Parts, method: PeftDreamBoothLora, run: Run) -> None:
@@ -54,7 +55,7 @@ class Adapters:
         unet = Size(method.rank, method.lora_alpha, method.lora_dropout, method.bias)
         targets, patterns = unet_targets(method)
         self._wrapped = {"unet": self._attach(parts.unet, unet, targets, **patterns)}
-        self.groups = [trainable(self._wrapped["unet"], method.learning_rate)]
+        groups = [trainable(self._wrapped["unet"], method.learning_rate)]
         if method.train_text_encoder:
             size = Size(
                 rank=method.text_encoder_rank or method.rank,
@@ -64,15 +65,20 @@ class Adapters:
                 bias=method.text_encoder_bias or method.bias,
             )
             for name, encoder in zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False):
+                encoder.to(parts.unet.device)
                 self._wrapped[name] = self._attach(encoder, size, TEXT_ENCODER_MODULES)
-                self.groups.append(trainable(self._wrapped[name], method.text_encoder_lr or method.learning_rate))
+                groups.append(trainable(self._wrapped[name], method.text_encoder_lr or method.learning_rate))
         if not self._has_kohya_keys:
             what = "trained biases" if method.adapter in KOHYA_KINDS else method.adapter
             text = (
                 f"The result will be PEFT's folders alone: web UIs and diffusers' LoRA files know nothing like {what}."
             )
             run.tell(events.Note(text, "warning"))
-        self._before = [parameter.detach().cpu().clone() for parameter in self._parameters()]
+        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._before = [parameter.detach().cpu().clone() for parameter in self._trained]
+        # Only LoRA's products are taken as well in half precision; autocast knows of the others' what to keep whole.
+        plain = method.adapter == "lora" and not method.use_dora and self._has_kohya_keys
+        self.weights = Weights(groups, run.weight_dtype if plain else torch.float32)
 
     def _attach(self, model: Any, size: Size, targets: Sequence[str], **patterns: Any) -> Any:
         method = self._method
@@ -99,9 +105,6 @@ class Adapters:
         wrapped.peft_config["default"].base_model_name_or_path = public_name(method.base_model)
         return wrapped
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.groups for parameter in group["params"]]
-
     @property
     def _has_kohya_keys(self) -> bool:
         biases = [self._method.bias, self._method.text_encoder_bias or "none"]
@@ -109,7 +112,7 @@ class Adapters:
 
     def change(self) -> float:
         """The largest change of a trained number. TrainingError if there is none, or one is not finite."""
-        pairs = zip(self._before, self._parameters(), strict=True)
+        pairs = zip(self._before, self._trained, strict=True)
         changes = torch.stack([(after.detach().cpu() - before).abs().max() for before, after in pairs])
         if not bool(changes.isfinite().all()):
             raise TrainingError(
@@ -125,6 +128,10 @@ class Adapters:
 
     def save(self, images: CachedImages) -> float:
         """Write the adapters as PEFT does, and for web UIs and diffusers where these know the kind; the change."""
+        with self.weights.full_precision():
+            return self._save(images)
+
+    def _save(self, images: CachedImages) -> float:
         run = self._run
         change = self.change()
         run.begin_saving("the adapter")

@@ -1,4 +1,4 @@
-"""From pictures to batches: every picture goes through the VAE once.
+"""Pictures as the UNet sees them: every one goes through the VAE once.
 
 What the frozen VAE says of a picture is a normal distribution, so its mean and deviation are kept and each step
 draws its own latents from them: the same mathematics as encoding anew at every step, without the work.
@@ -7,7 +7,8 @@ draws its own latents from them: the same mathematics as encoding anew at every 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,7 +22,6 @@ from sdtune.methods.buckets import Shape, bucket_table
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.dataset import Picture, open_cut
 from sdtune.training.components.models import Parts
-from sdtune.training.components.processes import ALL, Share
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
@@ -29,32 +29,13 @@ PIXELS_AT_ONCE = 8 * 512 * 512
 """Of the pictures that go through the VAE together: it holds 768 numbers for each."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What one process trains on in one step.
-
-    latents: scaled, [batch, 4, height / 8, width / 8]; captions: int64 [batch], rows of the run's Captions.
-    prior: so many of the last rows are class pictures, whose loss keeps the model's prior.
-    share: of a batch that is spread over several processes, which part this is.
-    """
-
-    latents: torch.Tensor
-    captions: torch.Tensor
-    prior: int = 0
-    share: Share = ALL
-
-    @property
-    def shape(self) -> torch.Size:
-        """[height / 8, width / 8], the same for all its pictures."""
-        return self.latents.shape[-2:]
-
-
 @dataclass
 class CachedImages:
     """Pictures as the VAE sees them, each in its shape.
 
-    shapes: of each picture width and height in pixels; mean, std: of each [variants, 4, height / 8, width / 8],
-    unscaled; variant 1, if there is one, is the mirrored picture. captions: int64 [images], rows of the run's Captions.
+    shapes: of each picture width and height in pixels; mean, std: of each [variants, 4, height / 8, width / 8] on the
+    CPU, float32, unscaled; variant 1, if there is one, is the mirrored picture. captions: int64 [images], rows of the
+    run's Captions.
     """
 
     pictures: Sequence[Picture]
@@ -64,24 +45,6 @@ class CachedImages:
     captions: torch.Tensor
     scaling_factor: float
     proportion_empty_prompts: float = 0.0
-
-    def batches(self, size: int, generator: torch.Generator, share: Share = ALL) -> Iterator[Batch]:
-        """Endless full batches of pictures of one shape each; every picture is shown as often as its repeats say.
-
-        Several processes with one seed draw the same, as one process would whose batches are ``size`` for each of
-        them together, and each keeps its share.
-        """
-        variants = self.mean[0].shape[0]
-        for indices in self._indices(size * share.of, generator):
-            variant = torch.randint(variants, (size * share.of,), generator=generator).tolist()
-            mean = torch.stack([self.mean[index][one] for index, one in zip(indices, variant, strict=True)])
-            std = torch.stack([self.std[index][one] for index, one in zip(indices, variant, strict=True)])
-            noise = torch.randn(mean.shape, generator=generator).to(mean.device, mean.dtype)
-            captions = self.captions[indices]
-            if self.proportion_empty_prompts:
-                dropped = torch.rand(size * share.of, generator=generator) < self.proportion_empty_prompts
-                captions = captions.masked_fill(dropped, 0)
-            yield Batch(share.rows((mean + std * noise) * self.scaling_factor), share.rows(captions), share=share)
 
     def by_shape(self) -> dict[torch.Size, CachedImages]:
         """The pictures of each shape apart; under [height / 8, width / 8]."""
@@ -99,22 +62,6 @@ class CachedImages:
             std=chosen(self.std), captions=self.captions[numbers],
         )  # fmt: skip
 
-    def _indices(self, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-        """``size`` pictures of one shape at a time, of endless shuffled rounds.
-
-        What a round leaves over of a shape waits for the next round, so that no picture is left out.
-        """
-        repeats = torch.tensor([picture.repeats for picture in self.pictures])
-        one_round = torch.repeat_interleave(torch.arange(len(repeats)), repeats)
-        waiting: dict[Shape, list[int]] = defaultdict(list)
-        while True:
-            for index in one_round[torch.randperm(len(one_round), generator=generator)].tolist():
-                same = waiting[self.shapes[index]]
-                same.append(index)
-                if len(same) == size:
-                    yield list(same)
-                    same.clear()
-
 
 def cache_images(
     pictures: Sequence[Picture],
@@ -125,7 +72,7 @@ def cache_images(
     proportion_empty_prompts: float = 0.0,
     shapes: Sequence[Shape] = (),
 ) -> CachedImages:
-    """The pictures through the VAE, on the run's device.
+    """The pictures through the VAE.
 
     shapes: of each picture; not given: the buckets that are nearest to their own.
     """
@@ -135,18 +82,17 @@ def cache_images(
         shapes = [buckets.shape_of(picture.size) for picture in pictures]
         if len(set(shapes)) > 1:
             run.tell(events.Note(f"The pictures' shapes: {bucket_table(shapes)}"))
+
+    def read(number: int) -> torch.Tensor:
+        return _variants(pictures[number].path, shapes[number], method.random_flip)
+
     encoded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for shape in dict.fromkeys(shapes):
-        same = [number for number, one in enumerate(shapes) if one == shape]
-        at_once = max(1, PIXELS_AT_ONCE // (shape[0] * shape[1]))
-        for start in range(0, len(same), at_once):
-            numbers = same[start : start + at_once]
-            pixels = [_variants(pictures[number].path, shape, method.random_flip) for number in numbers]
+    with parts.at_work(parts.vae), ThreadPoolExecutor() as pool:
+        for numbers, pixels in _ahead(pool, read, _together(shapes)):
             mean, std = _encode(parts, torch.cat(pixels))
-            variants = pixels[0].shape[0]
-            encoded |= dict(
-                zip(numbers, zip(torch.split(mean, variants), torch.split(std, variants), strict=True), strict=True)
-            )
+            variants = len(pixels[0])
+            of_each = zip(torch.split(mean, variants), torch.split(std, variants), strict=True)
+            encoded |= zip(numbers, of_each, strict=True)
             run.tell(events.Progress("cache", len(encoded), len(pictures)))
     return CachedImages(
         pictures=pictures,
@@ -157,6 +103,28 @@ def cache_images(
         scaling_factor=float(parts.vae.config.scaling_factor),
         proportion_empty_prompts=proportion_empty_prompts,
     )
+
+
+def _together(shapes: Sequence[Shape]) -> Iterator[list[int]]:
+    """The numbers of the pictures that go through the VAE together: of one shape, as many as its memory allows."""
+    for shape in dict.fromkeys(shapes):
+        same = [number for number, one in enumerate(shapes) if one == shape]
+        at_once = max(1, PIXELS_AT_ONCE // (shape[0] * shape[1]))
+        yield from (same[start : start + at_once] for start in range(0, len(same), at_once))
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, read: Callable[[int], torch.Tensor], batches: Iterable[list[int]]
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Each batch of numbers with what is read for them; the next is read while one is in use."""
+    waiting: list[tuple[list[int], list[Future[torch.Tensor]]]] = []
+    for numbers in batches:
+        waiting.append((numbers, [pool.submit(read, number) for number in numbers]))
+        if len(waiting) > 1:
+            ready, pixels = waiting.pop(0)
+            yield ready, [one.result() for one in pixels]
+    for ready, pixels in waiting:
+        yield ready, [one.result() for one in pixels]
 
 
 def cache_classes(
@@ -171,21 +139,6 @@ def cache_classes(
     return cache_images(dealt, captions, parts, method, run, shapes=shapes)
 
 
-def with_prior(
-    instances: Iterator[Batch], classes: CachedImages, size: int, generator: torch.Generator, share: Share = ALL
-) -> Iterator[Batch]:
-    """Each batch of the subject followed by one of ``size`` class pictures, to go through the UNet together."""
-    of_shape = {shape: part.batches(size, generator, share) for shape, part in classes.by_shape().items()}
-    for instance in instances:
-        prior = next(of_shape[instance.shape])
-        yield Batch(
-            torch.cat([instance.latents, prior.latents]),
-            torch.cat([instance.captions, prior.captions]),
-            prior=len(prior.latents),
-            share=share,
-        )
-
-
 def _variants(path: Path, shape: Shape, flip: bool) -> torch.Tensor:
     """The picture as float32 [1, 3, height, width] in -1..1, and mirrored after it if asked."""
     pixels = torch.from_numpy(numpy.array(open_cut(path, shape))).permute(2, 0, 1).float() / 127.5 - 1.0
@@ -196,4 +149,4 @@ def _variants(path: Path, shape: Shape, flip: bool) -> torch.Tensor:
 def _encode(parts: Parts, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of the latents of ``pixels`` [batch, 3, height, width], unscaled, float32."""
     posterior = parts.vae.encode(pixels.to(parts.vae.device, parts.vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    return posterior.mean.float().cpu(), posterior.std.float().cpu()

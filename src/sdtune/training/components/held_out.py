@@ -61,14 +61,13 @@ class HeldOutLoss:
     @torch.no_grad()
     def measure(self, step: int) -> float:
         """The loss after ``step`` steps, told as an event."""
-        with self._parts.evaluating(), self._run.accelerator.autocast():
+        with self._parts.evaluating(), self._parts.computing(self._run):
             found = torch.cat(
                 [
                     errors(
                         self._parts,
                         torch.stack([self._latents[draw] for draw in draws]),
-                        self._rows[draws],
-                        self._captions,
+                        self._captions.encode(self._rows[draws]),
                         torch.stack([self._noise[draw] for draw in draws]),
                         self._timesteps[draws],
                     )

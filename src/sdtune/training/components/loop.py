@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,27 +14,67 @@ import torch
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
-from sdtune.training.components.data import Batch
+from sdtune.training.components.batches import Draws, Noised
+from sdtune.training.components.captured import Captured, CudaGraph
 from sdtune.training.components.models import Parts
-from sdtune.training.components.optim import parameters_of
-from sdtune.training.components.processes import exchange_gradients
+from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.processes import exchange
+from sdtune.training.components.weights import Weights
 from sdtune.training.run import Run
 
 SECONDS_BETWEEN_REPORTS = 1.0
 STEPS_TO_JUDGE_SPEED = 3
+STEPS_AHEAD = 8
+"""So many steps may wait for the GPU: enough that it never waits for Python, few enough that a stop is soon obeyed."""
+
+
+class Training:
+    """What moves while a model is trained: ``state_dict`` is all of it, so that another process can go on exactly.
+
+    step: optimizer steps made. losses: of those of the last tenth that were read from the device.
+    """
+
+    def __init__(self, weights: Weights, draws: Draws, method: TrainingFields, run: Run, average: Any = None) -> None:
+        """average: of the weights, a diffusers EMAModel."""
+        self.weights, self.draws, self.average = weights, draws, average
+        self.optimizer, self.schedule = build_optimizer(weights, method)
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.mixed_precision == "fp16")
+        self.step = 0
+        self.losses: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"step": self.step, "losses": list(self.losses), "random": random, **parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.losses = state["step"], list(state["losses"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["random"]["cuda"])
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "weights": self.weights, "optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler,
+            "draws": self.draws,
+        }  # fmt: skip
+        return parts if self.average is None else {**parts, "average": self.average}
 
 
 def fit(
-    loss_of: Callable[[Batch], torch.Tensor],
+    loss_of: Callable[[Noised], torch.Tensor],
     parts: Parts,
-    optimizer: torch.optim.Optimizer,
-    schedule: Any,
-    batches: Iterator[Batch],
+    training: Training,
     method: TrainingFields,
     run: Run,
     after_step: Sequence[Callable[[int], None]] = (),
 ) -> float:
-    """Train for ``max_train_steps`` optimizer steps; the mean loss over their last tenth.
+    """Train up to ``max_train_steps`` optimizer steps; the mean loss over their last tenth.
 
     ``after_step`` is called with the number of each step.
 
@@ -47,59 +89,112 @@ def fit(
     # Dropout and gradient checkpointing are at work in this mode alone.
     for module in (parts.unet, *parts.text_encoders):
         module.train()
-    optimizer, schedule = run.accelerator.prepare(optimizer, schedule)
-    pictures_per_step = method.train_batch_size * method.gradient_accumulation_steps * run.share.of
-    last_tenth = max(1, method.max_train_steps // 10)
-    losses: list[torch.Tensor] = []
-    reported, started = 0, time.perf_counter()
-    last_report = started
-    for step in range(1, method.max_train_steps + 1):
+    weights, scaler = training.weights, training.scaler
+    autocast = run.accelerator.autocast if parts.is_mixed(run.weight_dtype) else nullcontext
+
+    def forward_and_backward(noised: Noised) -> torch.Tensor:
+        with autocast():
+            loss = loss_of(noised) / method.gradient_accumulation_steps
+        torch.autograd.backward(scaler.scale(loss))
+        weights.collect()
+        return loss.detach()
+
+    one_pass = Captured(forward_and_backward, run.device, run.tell, CudaGraph if run.device.type == "cuda" else None)
+    report = _Report(training, method, run)
+    queue = _Queue(run.device)
+    while training.step < method.max_train_steps:
+        names: list[str] = []
         step_loss = torch.zeros((), device=run.device)
         for _ in range(method.gradient_accumulation_steps):
-            with run.accelerator.autocast():
-                loss = loss_of(next(batches)) / method.gradient_accumulation_steps
-            run.accelerator.backward(loss)
-            step_loss += loss.detach()
+            noised = next(training.draws)
+            names += noised.batch.names
+            step_loss += one_pass(noised)
         if run.share.of > 1:
-            exchange_gradients(parameters_of(optimizer.param_groups), run.accelerator)
+            exchange(weights.gradients, run.accelerator)
             step_loss = run.accelerator.reduce(step_loss, reduction="mean")
-        run.accelerator.clip_grad_norm_(parameters_of(optimizer.param_groups), method.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(step_loss)
-
-        now = time.perf_counter()
-        first_estimate = step == STEPS_TO_JUDGE_SPEED
-        if first_estimate or step == method.max_train_steps or now - last_report >= SECONDS_BETWEEN_REPORTS:
-            mean = finite_mean(losses[reported:], reported + 1, step)
-            # The mean may have waited for the device.
-            now = time.perf_counter()
-            rate = (step - reported) / (now - last_report)
-            run.tell(
-                events.Step(
-                    step=step,
-                    steps=method.max_train_steps,
-                    loss=round(mean, 6),
-                    learning_rate=schedule.get_last_lr()[0],
-                    images_per_second=round(rate * pictures_per_step, 3),
-                    seconds_left=round((method.max_train_steps - step) * (now - started) / step, 1),
-                )
-            )
-            reported, last_report = step, now
+        scaler.unscale_(training.optimizer)
+        torch.nn.utils.clip_grad_norm_(weights.masters, method.max_grad_norm)
+        scale = scaler.get_scale()
+        scaler.step(training.optimizer)
+        scaler.update()
+        # A step that overflowed in half precision was left out.
+        if scaler.get_scale() >= scale:
+            training.schedule.step()
+        weights.cast()
+        training.step += 1
+        if training.average is not None:
+            training.average.step(weights.masters)
+        queue.wait()
+        report.add(step_loss, names)
         for call in after_step:
-            call(step)
-    return finite_mean(losses[-last_tenth:], method.max_train_steps - last_tenth + 1, method.max_train_steps)
+            call(training.step)
+    last_tenth = training.losses[-max(1, method.max_train_steps // 10) :]
+    return sum(last_tenth) / len(last_tenth)
 
 
-def finite_mean(losses: list[torch.Tensor], first: int, last: int) -> float:
-    """The mean of the losses of steps ``first`` to ``last``."""
-    values = torch.stack(losses)
-    mean = values.mean().item()
-    if not math.isfinite(mean):
-        bad = first + int((~torch.isfinite(values)).nonzero()[0])
-        raise TrainingError(
-            f"the loss was {values[bad - first].item()} at step {bad}: the run has diverged and nothing was saved. "
-            "Lower --learning-rate, or use --mixed-precision bf16 (or no) if it was fp16."
+class _Queue:
+    """Keeps the host at most STEPS_AHEAD steps ahead of the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._events = device, deque[Any]()
+
+    def wait(self) -> None:
+        """Called when a step is under way."""
+        if self._device.type != "cuda":
+            return
+        event = torch.cuda.current_stream().record_event()
+        self._events.append(event)
+        if len(self._events) > STEPS_AHEAD:
+            self._events.popleft().synchronize()
+
+
+class _Report:
+    """Reads the losses from the device now and then, and tells them."""
+
+    def __init__(self, training: Training, method: TrainingFields, run: Run) -> None:
+        self._training, self._method, self._run = training, method, run
+        self._unread: list[tuple[int, torch.Tensor, list[str]]] = []
+        self._first = training.step
+        self._reported, self._last = training.step, time.perf_counter()
+        self._started = self._last
+
+    def add(self, loss: torch.Tensor, names: list[str]) -> None:
+        """The loss of the step just made, and the pictures that it saw."""
+        step, steps = self._training.step, self._method.max_train_steps
+        self._unread.append((step, loss, names))
+        first_estimate = step == self._first + STEPS_TO_JUDGE_SPEED
+        if first_estimate or step == steps or time.perf_counter() - self._last >= SECONDS_BETWEEN_REPORTS:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what has not been told."""
+        training, method, run = self._training, self._method, self._run
+        step, steps = training.step, method.max_train_steps
+        losses = self._read()
+        # Reading waits for the device.
+        now = time.perf_counter()
+        pictures = method.train_batch_size * method.gradient_accumulation_steps * run.share.of
+        run.tell(
+            events.Step(
+                step=step,
+                steps=steps,
+                loss=round(sum(losses) / len(losses), 6),
+                learning_rate=training.schedule.get_last_lr()[0],
+                images_per_second=round((step - self._reported) / (now - self._last) * pictures, 3),
+                seconds_left=round((steps - step) * (now - self._started) / (step - self._first), 1),
+            )
         )
-    return mean
+        self._reported, self._last = step, now
+
+    def _read(self) -> list[float]:
+        losses: list[float] = torch.stack([loss for _, loss, _ in self._unread]).tolist()
+        for (step, _, names), loss in zip(self._unread, losses, strict=True):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss was {loss} at step {step} ({', '.join(dict.fromkeys(names))}): the run has diverged and "
+                    "nothing was saved. Lower --learning-rate, or use --mixed-precision bf16 (or no) if it was fp16."
+                )
+        self._unread.clear()
+        last_tenth = max(1, self._method.max_train_steps // 10)
+        self._training.losses = (self._training.losses + losses)[-last_tenth:]
+        return losses

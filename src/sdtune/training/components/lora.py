@@ -22,7 +22,7 @@ from sdtune.training.components.files import publish
 from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.lora_weights import collect_lora, lora_change
 from sdtune.training.components.models import Parts
-from sdtune.training.components.optim import Group
+from sdtune.training.components.weights import Group, Weights
 from sdtune.training.run import Run
 
 LoraMethod: TypeAlias = DreamBoothLora | TextToImageLora | PeftDreamBoothLora
@@ -35,10 +35,10 @@ CONVOLUTIONS = ("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv")
 BIN_FILE = "pytorch_lora_weights.bin"
 
 
-def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
+def attach_lora(parts: Parts, method: LoraMethod, run: Run) -> Weights:
     """Put a LoRA on the UNet's target modules, and on the text encoders' attention if they are trained.
 
-    Its parameters are float32. The up matrices start at zero, so the model draws as before until the first step.
+    The up matrices start at zero, so the model draws as before until the first step.
     """
     options: dict[str, Any] = {
         "r": method.rank,
@@ -58,9 +58,10 @@ def attach_lora(parts: Parts, method: LoraMethod) -> list[Group]:
     groups = [trainable(parts.unet, method.learning_rate)]
     if isinstance(method, TextEncoderFields) and method.train_text_encoder:
         for encoder in parts.text_encoders:
+            encoder.to(parts.unet.device)
             encoder.add_adapter(LoraConfig(**options, target_modules=list(TEXT_ENCODER_MODULES)))
             groups.append(trainable(encoder, method.text_encoder_lr or method.learning_rate))
-    return groups
+    return Weights(groups, torch.float32 if method.use_dora else run.weight_dtype)
 
 
 def unet_targets(method: LoraFields) -> tuple[list[str], dict[str, dict[str, float]]]:

@@ -8,32 +8,21 @@ import torch
 from torch.nn import functional
 
 from sdtune.methods.fields import TrainingFields
-from sdtune.training.components.data import Batch
+from sdtune.training.components.batches import Noised
 from sdtune.training.components.models import Parts
-from sdtune.training.components.text import Captions
+from sdtune.training.components.text import Captions, Conditioning
 
 
-def diffusion_loss(
-    parts: Parts, batch: Batch, captions: Captions, method: TrainingFields, generator: torch.Generator
-) -> torch.Tensor:
-    """Mean squared error of the UNet's prediction on freshly noised latents, a scalar.
+def diffusion_loss(parts: Parts, noised: Noised, captions: Captions, method: TrainingFields) -> torch.Tensor:
+    """Mean squared error of the UNet's prediction on noised latents, a scalar.
 
-    Where the batch ends with class pictures, their mean error is added, times ``prior_loss_weight``. Noise and
-    timesteps come from ``generator`` on the CPU, so that a run draws the same on every device; and for all processes,
-    each of which takes its share.
+    Where the batch ends with class pictures, their mean error is added, times ``prior_loss_weight``. Nothing here asks
+    the host for anything where all tensors are on the GPU, so that it can be captured.
     """
-    latents = batch.latents
-    rows, *shape = latents.shape
-    rows *= batch.share.of
-    noise = torch.randn(rows, *shape, generator=generator)
-    if method.noise_offset:
-        # https://www.crosslabs.org/blog/diffusion-with-offset-noise
-        noise += method.noise_offset * torch.randn(rows, shape[0], 1, 1, generator=generator)
-    steps = parts.noise_scheduler.config.num_train_timesteps
-    timesteps = batch.share.rows(torch.randint(steps, (rows,), generator=generator))
-    error = errors(parts, latents, batch.captions, captions, batch.share.rows(noise), timesteps)
+    batch = noised.batch
+    error = errors(parts, batch.latents, captions.encode(batch.captions), noised.noise, noised.timesteps)
     if method.snr_gamma is not None:
-        error = error * snr_weights(parts, timesteps.to(error.device), method.snr_gamma)
+        error = error * snr_weights(parts, noised.timesteps.to(error.device), method.snr_gamma)
     if not batch.prior:
         return error.mean()
     prior_loss_weight: float = getattr(method, "prior_loss_weight", 1.0)
@@ -41,24 +30,19 @@ def diffusion_loss(
 
 
 def errors(
-    parts: Parts,
-    latents: torch.Tensor,
-    rows: torch.Tensor,
-    captions: Captions,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
+    parts: Parts, latents: torch.Tensor, conditioning: Conditioning, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
     """The mean squared error of each picture's prediction, float32 [batch].
 
-    latents, noise: [batch, 4, height, width]; timesteps, rows (of captions): int64 [batch].
+    latents, noise: float32 [batch, 4, height, width]; timesteps: int64 [batch].
     """
-    noise, timesteps = noise.to(latents.device, latents.dtype), timesteps.to(latents.device)
+    device = parts.unet.device
+    latents, noise, timesteps = latents.to(device), noise.to(device), timesteps.to(device)
     noisy_latents = parts.noise_scheduler.add_noise(latents, noise, timesteps)
-    conditioning = captions.encode(rows)
     noise_pred = parts.unet(
         noisy_latents.to(parts.unet.dtype),
         timesteps,
-        conditioning.encoder_hidden_states,
+        conditioning.encoder_hidden_states.to(parts.unet.dtype),
         added_cond_kwargs=added_conditions(parts, conditioning.pooled, latents),
         return_dict=False,
     )[0]
@@ -71,8 +55,9 @@ def added_conditions(parts: Parts, pooled: torch.Tensor | None, latents: torch.T
     if pooled is None:
         return None
     height, width = (side * parts.vae_scale for side in latents.shape[-2:])
-    size = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=pooled.dtype)
-    return {"text_embeds": pooled, "time_ids": size.expand(len(pooled), 6)}
+    # Not from a list, which would be copied from the host at every step.
+    told = [pooled.new_full((len(pooled), 1), value) for value in (height, width, 0, 0, height, width)]
+    return {"text_embeds": pooled, "time_ids": torch.cat(told, dim=1)}
 
 
 def target(parts: Parts, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

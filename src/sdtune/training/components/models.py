@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdtune.errors import RecipeError, TrainingError
@@ -42,10 +43,11 @@ XL_PARTS = {"tokenizer_2": (CLIPTokenizer, False), "text_encoder_2": (CLIPTextMo
 
 @dataclass
 class Parts:
-    """The model in its parts, all on the run's device; frozen but for what a trainer trains.
+    """The model in its parts; frozen but for what a trainer trains.
 
-    tokenizers, text_encoders: one of each, two for SDXL. Frozen parts compute in the run's weight type, trained ones
-    are float32; SDXL's VAE is float32 always, because half precision overflows in it.
+    tokenizers, text_encoders: one of each, two for SDXL. Frozen parts compute in the run's weight type; SDXL's VAE is
+    float32 always, because half precision overflows in it. The UNet is on the run's device, and so is what is trained;
+    the others are there while they are ``at_work``, so that their memory is free for training.
     """
 
     tokenizers: list[Any]
@@ -95,6 +97,30 @@ class Parts:
             for module, was in zip(self.modules, training, strict=True):
                 module.train(was)
 
+    @contextmanager
+    def at_work(self, *modules: Any) -> Iterator[None]:
+        """The modules on the UNet's device inside the block; frozen ones leave it afterwards."""
+        try:
+            for module in modules:
+                module.to(self.unet.device)
+            yield
+        finally:
+            for module in modules:
+                if not any(weight.requires_grad for weight in module.parameters()):
+                    module.to("cpu")
+
+    def is_mixed(self, dtype: torch.dtype) -> bool:
+        """Whether the UNet and text encoders have weights of other types than ``dtype``, the compute type."""
+        computing = (self.unet, *self.text_encoders)
+        return any(weight.dtype is not dtype for module in computing for weight in module.parameters())
+
+    def computing(self, run: Run) -> AbstractContextManager[Any]:
+        """The context to call UNet and text encoders in: autocast, where float32 weights are to compute in half."""
+        context: AbstractContextManager[Any] = nullcontext()
+        if self.is_mixed(run.weight_dtype):
+            context = run.accelerator.autocast()
+        return context
+
     @property
     def modules(self) -> list[Any]:
         """Everything with weights."""
@@ -132,10 +158,25 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     for module in parts.modules:
         module.requires_grad_(False)
         module.eval()
-        module.to(run.device, torch.float32 if module in full else run.weight_dtype)
+        # All but what came from a single file is so already; diffusers warns of a cast.
+        if module.dtype is not (dtype := torch.float32 if module in full else run.weight_dtype):
+            module.to("cpu", dtype)
+    parts.unet.to(run.device)
+    if run.device.type == "cuda":
+        # What cuDNN's convolutions for half precision are written for; attention's matrices lie like that, too.
+        parts.unet.to(memory_format=torch.channels_last)
     if method.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
+        _recompute_activations(parts.unet, dropout=bool(getattr(method, "lora_dropout", 0.0)))
     return parts
+
+
+def _recompute_activations(unet: Any, *, dropout: bool) -> None:
+    """Gradient checkpointing. Random states are kept for dropout alone: reading them cannot be recorded in a graph."""
+
+    def recomputed(module: Any, *arguments: Any) -> Any:
+        return checkpoint(module, *arguments, use_reentrant=False, preserve_rng_state=dropout)
+
+    unet.enable_gradient_checkpointing(recomputed)
 
 
 def _from_pretrained(

@@ -12,18 +12,19 @@ from transformers.optimization import Adafactor
 
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.weights import Group, Weights
 
-Group = dict[str, Any]
-"""Parameters that share a learning rate, as torch's optimizers take them: ``params`` and ``lr``."""
+FLAT = ("adamw", "lion", "prodigy")
+"""Optimizers to which a weight's shape means nothing: all weights of a group are updated as one long one."""
 
 
-def build_optimizer(groups: list[Group], method: TrainingFields) -> tuple[torch.optim.Optimizer, Any]:
-    """The method's optimizer over ``groups`` and the schedule of its learning rate, one tick per optimizer step.
+def build_optimizer(weights: Weights, method: TrainingFields) -> tuple[torch.optim.Optimizer, Any]:
+    """The method's optimizer over the masters and the schedule of its learning rate, one tick per optimizer step.
 
     Optimizers are told the learning rate although each group has its own: the polynomial schedule, which ends at 1e-7
     whatever it starts from, asks for theirs.
     """
-    optimizer = OPTIMIZERS[method.optimizer](groups, method)
+    optimizer = OPTIMIZERS[method.optimizer](weights.groups(flat=method.optimizer in FLAT), method)
     schedule = get_scheduler(
         method.lr_scheduler,
         optimizer,
@@ -32,11 +33,6 @@ def build_optimizer(groups: list[Group], method: TrainingFields) -> tuple[torch.
         num_cycles=method.lr_num_cycles,
     )
     return optimizer, schedule
-
-
-def parameters_of(groups: list[Group]) -> list[torch.nn.Parameter]:
-    """All parameters of the groups."""
-    return [parameter for group in groups for parameter in group["params"]]
 
 
 def _adam_options(method: TrainingFields) -> dict[str, Any]:
@@ -49,7 +45,7 @@ def _adam_options(method: TrainingFields) -> dict[str, Any]:
 
 
 def _adamw(groups: list[Group], method: TrainingFields) -> Any:
-    return torch.optim.AdamW(groups, fused=parameters_of(groups)[0].is_cuda, **_adam_options(method))
+    return torch.optim.AdamW(groups, fused=groups[0]["params"][0].is_cuda, **_adam_options(method))
 
 
 def _adamw8bit(groups: list[Group], method: TrainingFields) -> Any:

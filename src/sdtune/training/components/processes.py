@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,27 +28,13 @@ class Share:
 ALL = Share(0, 1)
 
 
-def exchange_gradients(parameters: Sequence[torch.nn.Parameter], accelerator: Any) -> None:
-    """Every gradient becomes its mean over all processes.
+def exchange(gradients: Sequence[torch.Tensor], accelerator: Any) -> None:
+    """Every flat gradient becomes its mean over all processes, in place.
 
     By hand and not by a wrapper around the model (DistributedDataParallel): what is trained is spread over several
-    models, and their modules keep their names and attributes. The models are small beside a step, so that little is
-    lost by not overlapping with the backward pass.
+    models, and their modules keep their names and attributes. The gradients lie together already, so that few large
+    messages do.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for some in _together(gradients):
-        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in some]), reduction="mean")
-        for gradient, mean in zip(some, flat.split([gradient.numel() for gradient in some]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _together(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The gradients in lists of at most AT_ONCE entries, or one gradient."""
-    some: list[torch.Tensor] = []
     for gradient in gradients:
-        if some and sum(one.numel() for one in some) + gradient.numel() > AT_ONCE:
-            yield some
-            some = []
-        some.append(gradient)
-    if some:
-        yield some
+        for some in torch.split(gradient, AT_ONCE):
+            some.copy_(accelerator.reduce(some, reduction="mean"))

@@ -90,8 +90,8 @@ def draw(
 
     pipeline = pipeline_of(parts, scheduler=DPMSolverMultistepScheduler.from_config(parts.noise_scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
-    with parts.evaluating():
-        with run.accelerator.autocast():
+    with parts.evaluating(), parts.at_work(parts.vae, *parts.text_encoders):
+        with parts.computing(run):
             wanted, unwanted = encode(parts, method, [prompt]), encode(parts, method, [""])
             embeddings = {
                 name: tensor.expand(len(seeds), *tensor.shape[1:])

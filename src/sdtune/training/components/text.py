@@ -44,7 +44,10 @@ class Captions:
         _warn_of_long(parts, method, self.texts, run)
         self._rows = {text: row for row, text in enumerate(self.texts)}
         self._token_ids = token_ids(parts, method, self.texts)
-        self._encoded = None if trained else encode(parts, method, self.texts)
+        self._encoded = None
+        if not trained:
+            with parts.at_work(*parts.text_encoders):
+                self._encoded = encode(parts, method, self.texts)
 
     def row(self, caption: str) -> int:
         """The number that stands for ``caption`` in a batch."""
@@ -52,15 +55,21 @@ class Captions:
 
     def encode(self, rows: torch.Tensor) -> Conditioning:
         """What the UNet reads for these rows, int64 [batch]; with a gradient if a text encoder is trained."""
+        rows = rows.to(self._parts.unet.device)
         if self._encoded is not None:
             return self._encoded[rows]
         return _encode_ids(self._parts, self._method, [ids[rows] for ids in self._token_ids])
 
 
+def encode_with_gradient(parts: Parts, method: TrainingFields, prompts: Sequence[str]) -> Conditioning:
+    """The prompts as the UNet reads them, all at once."""
+    return _encode_ids(parts, method, token_ids(parts, method, prompts))
+
+
 @torch.no_grad()
 def encode(parts: Parts, method: TrainingFields, prompts: Sequence[str]) -> Conditioning:
     """The prompts as the UNet reads them; one at a time, so that a caption's encoding is the same in any company."""
-    encoded = [_encode_ids(parts, method, token_ids(parts, method, [prompt])) for prompt in prompts]
+    encoded = [encode_with_gradient(parts, method, [prompt]) for prompt in prompts]
     pooled = [one.pooled for one in encoded if one.pooled is not None]
     return Conditioning(
         torch.cat([one.encoder_hidden_states for one in encoded]), torch.cat(pooled) if pooled else None

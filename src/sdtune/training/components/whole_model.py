@@ -21,8 +21,9 @@ from sdtune.methods.text_to_image import TextToImage
 from sdtune.training.components.files import publish
 from sdtune.training.components.lora_names import classic_clip_path
 from sdtune.training.components.models import Parts, pipeline_of
-from sdtune.training.components.optim import Group
 from sdtune.training.components.single_file_write import write_single_file
+from sdtune.training.components.text import encode_with_gradient
+from sdtune.training.components.weights import Group, Weights
 from sdtune.training.run import Run
 
 FINGERPRINT = 256
@@ -35,37 +36,39 @@ WholeMethod: TypeAlias = DreamBooth | TextToImage
 
 
 class WholeModel:
-    """The weights that a run trains, thawed; ``groups`` is what the optimizer takes."""
+    """What a run trains, thawed: ``weights``, and their moving average if there is one."""
 
-    def __init__(self, parts: Parts, method: WholeMethod, trained: Collection[str]) -> None:
+    def __init__(self, parts: Parts, method: WholeMethod, trained: Collection[str], run: Run) -> None:
         self._parts, self._method = parts, method
         models = {"unet": [parts.unet], "text_encoder": parts.text_encoders}
         self._trained = [model for name in trained for model in models[name]]
         for model in self._trained:
+            model.to(parts.unet.device)
             model.requires_grad_(True)
+        if "text_encoder" in trained:
+            _freeze_what_is_not_read(parts, method)
         text_encoder_lr = method.text_encoder_lr if isinstance(method, TextEncoderFields) else None
         rates = {"unet": method.learning_rate, "text_encoder": text_encoder_lr or method.learning_rate}
-        self.groups: list[Group] = [
-            {"params": list(model.parameters()), "lr": rates[name]} for name in trained for model in models[name]
+        groups: list[Group] = [
+            {"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": rates[name]}
+            for name in trained
+            for model in models[name]
         ]
         self._before = self._fingerprint()
-        self._averages = [
-            EMAModel(model.parameters(), decay=method.ema_decay, foreach=True)
-            for model in (self._trained if method.use_ema else [])
-        ]
-
-    def average(self, step: int) -> None:
-        """Take the weights after ``step`` steps into the moving average, if there is one."""
-        for model, average in zip(self._trained, self._averages, strict=False):
-            average.step(model.parameters())
+        self.weights = Weights(groups, run.weight_dtype)
+        self.average = EMAModel(self.weights.masters, decay=method.ema_decay, foreach=True) if method.use_ema else None
 
     def save(self, run: Run) -> float:
         """Write the model as a diffusers folder and as one file; the largest change of a weight.
 
         The moving average, if there is one, takes the weights' place and is what is saved and drawn with.
         """
-        for model, average in zip(self._trained, self._averages, strict=False):
-            average.copy_to(model.parameters())
+        if self.average:
+            self.average.copy_to(self.weights.masters)
+        with self.weights.full_precision():
+            return self._save(run)
+
+    def _save(self, run: Run) -> float:
         change = (self._fingerprint() - self._before).abs().max().item()
         if change == 0:
             raise TrainingError(
@@ -86,6 +89,15 @@ class WholeModel:
     def _fingerprint(self) -> torch.Tensor:
         weights = [weight.detach().flatten()[:FINGERPRINT] for model in self._trained for weight in model.parameters()]
         return torch.cat(weights).float().cpu()
+
+
+def _freeze_what_is_not_read(parts: Parts, method: WholeMethod) -> None:
+    """Text encoders' layers behind the one that is read learn nothing, and weight decay must not wear them off."""
+    weights = [weight for encoder in parts.text_encoders for weight in encoder.parameters()]
+    read = encode_with_gradient(parts, method, [""])
+    total = read.encoder_hidden_states.sum() + (0 if read.pooled is None else read.pooled.sum())
+    for weight, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
+        weight.requires_grad_(gradient is not None)
 
 
 def save_pipeline(parts: Parts, folder: Path, dtype: torch.dtype) -> None:

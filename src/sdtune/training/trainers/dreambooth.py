@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from sdtune.methods.dreambooth import DreamBooth
-from sdtune.training.components.data import cache_classes, cache_images, with_prior
+from sdtune.training.components.batches import Draws
+from sdtune.training.components.data import cache_classes, cache_images
 from sdtune.training.components.dataset import read_dataset
 from sdtune.training.components.held_out import HeldOutLoss
-from sdtune.training.components.loop import fit
+from sdtune.training.components.loop import Training, fit
 from sdtune.training.components.loss import diffusion_loss
 from sdtune.training.components.models import load_parts
-from sdtune.training.components.optim import build_optimizer
 from sdtune.training.components.prior import class_pictures
 from sdtune.training.components.sampling import Samples
 from sdtune.training.components.text import Captions
@@ -30,29 +30,25 @@ def train(method: DreamBooth, run: Run) -> None:
 
     captions = Captions(parts, method, [*pictures, *apart, *classes], run, trained=method.train_text_encoder)
     images = cache_images(pictures, captions, parts, method, run)
-    batches = images.batches(method.train_batch_size, torch.Generator().manual_seed(method.seed), run.share)
-    if classes:
-        priors = cache_classes(classes, images, captions, parts, method, run)
-        order = torch.Generator().manual_seed(method.seed)
-        batches = with_prior(batches, priors, method.train_batch_size, order, run.share)
+    priors = cache_classes(classes, images, captions, parts, method, run) if classes else None
+    draws = Draws(images, parts, method, run.share, priors)
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
+    whole = WholeModel(parts, method, trained, run)
+    training = Training(whole.weights, draws, method, run, whole.average)
     run.begin(method)
     samples = Samples(parts, method, run)
     samples.draw(step=0)
     held_out.measure(step=0)
-    weights = WholeModel(parts, method, trained)
-    optimizer, schedule = build_optimizer(weights.groups, method)
-    noise = torch.Generator().manual_seed(method.seed + 1)
     loss = fit(
-        lambda batch: diffusion_loss(parts, batch, captions, method, noise),
-        parts, optimizer, schedule, batches, method, run,
-        after_step=[weights.average, samples.draw_if_due, held_out.measure_if_due],
+        lambda noised: diffusion_loss(parts, noised, captions, method),
+        parts, training, method, run,
+        after_step=[samples.draw_if_due, held_out.measure_if_due],
     )  # fmt: skip
     if not run.is_first:
         return
-    change = weights.save(run)
+    change = whole.save(run)
     samples.draw(step=method.max_train_steps)
     samples.save_contact_sheet(images)
     run.finish(method, loss, change)

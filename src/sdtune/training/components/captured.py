@@ -1,0 +1,100 @@
+"""A step as one CUDA graph: recorded once for each shape, then started with a single call.
+
+A pass through the UNet and back is thousands of kernels, most of them shorter than Python needs to start one, so that
+an eager step of batch 1 takes as long as one of batch 4. What is recorded has no Python in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+
+from sdtune import events
+from sdtune.training.components.batches import Noised
+
+Pass: TypeAlias = Callable[[Noised], torch.Tensor]
+
+
+class Captured:
+    """``forward_and_backward``, recorded for each shape of its batch where that is possible.
+
+    The first batch of a shape runs as it is, which also lets cuDNN look for its fastest algorithms; the second is
+    recorded. What cannot be recorded runs as it is from then on, and that is said once.
+    """
+
+    def __init__(
+        self,
+        forward_and_backward: Pass,
+        device: torch.device,
+        tell: Callable[[events.Event], None],
+        graphs: type | None,
+    ) -> None:
+        """graphs: what records, ``CudaGraph`` or nothing."""
+        self._pass, self._device, self._tell, self._graphs = forward_and_backward, device, tell, graphs
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, Any] = {}
+
+    def __call__(self, noised: Noised) -> torch.Tensor:
+        """The loss of the batch, a scalar on the device, which the next call may overwrite."""
+        key = (tuple(noised.batch.latents.shape), noised.batch.prior)
+        if self._graphs and key in self._seen and key not in self._recorded:
+            self._record(key, noised)
+        if graph := self._recorded.get(key):
+            loss: torch.Tensor = graph.replay(_tensors(noised))
+            return loss
+        self._seen.add(key)
+        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+            return self._pass(_on(noised, self._device))
+
+    def _record(self, key: Hashable, noised: Noised) -> None:
+        assert self._graphs
+        inputs = _on(noised, self._device)
+        try:
+            self._recorded[key] = self._graphs(lambda: self._pass(inputs), _tensors(inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._graphs = None
+            self._recorded.clear()
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self._tell(
+                events.Note(f"The step cannot be recorded as a CUDA graph, so it runs slower: {first_line}", "warning")
+            )
+
+
+class CudaGraph:
+    """One recording. Its memory is shared with the others', of which no two run at once."""
+
+    _pool: Any = None
+
+    def __init__(self, function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> None:
+        """function: what is recorded; it reads ``inputs``, which stay where they are."""
+        self._inputs = inputs
+        if CudaGraph._pool is None:
+            CudaGraph._pool = torch.cuda.graph_pool_handle()
+        self._graph = torch.cuda.CUDAGraph()
+        with (
+            torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32),
+            torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"),
+        ):
+            self._loss = function()
+
+    def replay(self, given: list[torch.Tensor]) -> torch.Tensor:
+        """Run it on ``given``, from the CPU; the host does not wait."""
+        for kept, new in zip(self._inputs, given, strict=True):
+            kept.copy_(new.pin_memory(), non_blocking=True)
+        self._graph.replay()
+        return self._loss
+
+
+def _tensors(noised: Noised) -> list[torch.Tensor]:
+    return [noised.batch.latents, noised.batch.captions, noised.noise, noised.timesteps]
+
+
+def _on(noised: Noised, device: torch.device) -> Noised:
+    """All of it on the device; where that is the CPU, as it is."""
+    batch = replace(noised.batch, latents=noised.batch.latents.to(device), captions=noised.batch.captions.to(device))
+    return Noised(batch, noised.noise.to(device), noised.timesteps.to(device))
