@@ -46,7 +46,7 @@ class Captured:
             loss: torch.Tensor = graph.replay(_tensors(noised))
             return loss
         self._seen.add(key)
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
             return self._pass(_on(noised, self._device))
 
     def _record(self, key: Hashable, noised: Noised) -> None:
@@ -77,7 +77,7 @@ class CudaGraph:
             CudaGraph._pool = torch.cuda.graph_pool_handle()
         self._graph = torch.cuda.CUDAGraph()
         with (
-            torch.backends.cudnn.flags(benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32),
+            torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32),
             torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"),
         ):
             self._loss = function()

@@ -25,6 +25,7 @@ from sdtune.methods.base_models import BaseModel
 from sdtune.methods.buckets import bucket_step
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.base_model_copy import base_model_here
+from sdtune.training.components.fused import fuse
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
 from sdtune.training.run import Run
@@ -158,13 +159,11 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
     for module in parts.modules:
         module.requires_grad_(False)
         module.eval()
-        # All but what came from a single file is so already; diffusers warns of a cast.
-        if module.dtype is not (dtype := torch.float32 if module in full else run.weight_dtype):
-            module.to("cpu", dtype)
+        # What came from a folder is so already. Not by diffusers' own to(), which warns of every cast.
+        torch.nn.Module.to(module, torch.float32 if module in full else run.weight_dtype)
     parts.unet.to(run.device)
-    if run.device.type == "cuda":
-        # What cuDNN's convolutions for half precision are written for; attention's matrices lie like that, too.
-        parts.unet.to(memory_format=torch.channels_last)
+    if run.weight_dtype is not torch.float32:
+        fuse(parts.unet)
     if method.gradient_checkpointing:
         _recompute_activations(parts.unet, dropout=bool(getattr(method, "lora_dropout", 0.0)))
     return parts
@@ -184,8 +183,8 @@ def _from_pretrained(
 ) -> dict[str, Any]:
     """The parts of a diffusers folder or a Hugging Face id, by their names in a pipeline.
 
-    Frozen weights are of ``dtype`` as they are read, so that they never take the memory of float32; trained ones, and a
-    VAE, which may have to be so, are float32. Pickled weights (.bin) are opened by torch's reader of tensors alone.
+    Frozen weights are of ``dtype`` as they are read, so that they never take the memory of float32; trained ones, and
+    SDXL's VAE, are float32. Pickled weights (.bin) are opened by torch's reader of tensors alone.
     """
     place, revision = base.path or base.name, {"revision": method.revision} if method.revision else {}
     try:
@@ -201,11 +200,11 @@ def _from_pretrained(
             f"base_model: {base.name} is a {pipeline}; {method.name} trains Stable Diffusion 1.x, 2.x and XL "
             f"({' or '.join(PIPELINES)})."
         )
-    kinds = {**PARTS, **(XL_PARTS if pipeline == "StableDiffusionXLPipeline" else {})}
+    kinds = {**PARTS, **XL_PARTS} if pipeline == "StableDiffusionXLPipeline" else PARTS
     loaded: dict[str, Any] = {}
     try:
         for part, (kind, weights) in kinds.items():
-            full = part == "vae" or part.removesuffix("_2") in trained
+            full = (part == "vae" and kinds is not PARTS) or part.removesuffix("_2") in trained
             options = {"dtype": torch.float32 if full else dtype} if weights else {}
             loaded[part] = kind.from_pretrained(place, subfolder=part, **options, **revision)
     except pickle.UnpicklingError:
