@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -28,10 +27,10 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import numpy
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
+from random_models import make_model
+from random_pictures import make_pictures
 
 from sdtune import events
 from sdtune.errors import INTERRUPTED
@@ -220,41 +219,13 @@ def measure(case: Case, models: Path, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_model(family: str, folder: Path) -> None:
-    """A pipeline of the published shapes with random weights in half precision."""
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from sdtune.training.components import single_file
-    from sdtune.training.components.lora_weights import Family
-
-    settings = single_file.config_folder(Family(family))
-    scheduler = DDPMScheduler.from_pretrained(settings, subfolder="scheduler")
-    scheduler.save_pretrained(folder / "scheduler")
-    with torch.device("cuda"):
-        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-            model = kind.from_config(kind.load_config(settings / part))
-            model.half().save_pretrained(folder / part)
-        for part, text in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            if (settings / part).is_dir():
-                model = text(CLIPTextConfig.from_pretrained(settings / part))
-                model.half().save_pretrained(folder / part)
-                tokenizer = part.replace("text_encoder", "tokenizer")
-                single_file._tokenizer(settings, tokenizer).save_pretrained(folder / tokenizer)
-    shutil.copyfile(settings / "model_index.json", folder / "model_index.json")
-
-
 def make_data(folder: Path) -> None:
     """Square pictures, with captions and without."""
-    numbers = numpy.random.default_rng(0)
     for layout in ("images", "captioned"):
-        (folder / layout).mkdir(parents=True)
-    with (folder / "captioned" / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for number in range(PICTURES):
-            noise = Image.fromarray(numbers.integers(0, 255, (24, 24, 3), dtype=numpy.uint8))
-            for layout in ("images", "captioned"):
-                noise.resize((1024, 1024), Image.Resampling.BICUBIC).save(folder / layout / f"{number}.jpg")
-            metadata.write(json.dumps({"file_name": f"{number}.jpg", "text": "a photo of sks cat"}) + "\n")
+        make_pictures(folder / layout, PICTURES)
+    captions = [{"file_name": path.name, "text": "a photo of sks cat"} for path in (folder / "captioned").iterdir()]
+    lines = [json.dumps(caption) + "\n" for caption in captions]
+    (folder / "captioned" / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:
