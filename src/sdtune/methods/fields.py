@@ -157,6 +157,14 @@ class CommonFields(PublishFields):
         int, Field(ge=0, description="Measure the held-out loss every so many steps; 0: before and after training.")
     ] = 0
 
+    @field_validator("revision")
+    @classmethod
+    def _is_a_revision(cls, name: str | None) -> str | None:
+        # The hub's client keeps a file of this name in its cache.
+        if name and (not re.fullmatch(r"\w[\w./-]*", name) or ".." in name or "//" in name):
+            raise ValueError(f"found {name!r}, wanted a branch, tag or commit, such as main or fp16.")
+        return name
+
     @field_validator("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale")
     @classmethod
     def _there_are_buckets(cls, value: int | bool | None, info: ValidationInfo) -> int | bool | None:
@@ -241,12 +249,46 @@ class CommonFields(PublishFields):
                 "keep fewer out."
             )
 
+    @property
+    def checkpointing(self) -> bool:
+        """Checkpoints are written, so that a run that was stopped goes on."""
+        return False
+
     def sample_prompts(self) -> tuple[str, ...]:
         """The prompts that samples are drawn from; a method without an own prompt has none unless told."""
         return self.sample_prompt
 
 
-class TrainingFields(CommonFields):
+class CheckpointFields(Method):
+    """What is kept of a run while it goes, so that it can go on after an end that nobody wanted."""
+
+    checkpointing_minutes: Annotated[
+        float,
+        Field(ge=0, le=1440, description="Write a checkpoint every so many minutes; 0: none by the clock."),
+    ] = 5.0
+    checkpointing_steps: Annotated[
+        int, Field(ge=0, description="Write a checkpoint every so many steps; 0: none by their number.")
+    ] = 0
+    checkpoints_total_limit: Annotated[
+        int, Field(ge=1, le=1000, description="How many checkpoints are kept, the newest.")
+    ] = 2
+    keep_checkpoints: Annotated[
+        bool, Field(description="Keep them when the run has finished, to train on with more steps.")
+    ] = False
+
+    @property
+    def checkpointing(self) -> bool:
+        return bool(self.checkpointing_minutes or self.checkpointing_steps)
+
+    @field_validator("keep_checkpoints")
+    @classmethod
+    def _there_are_checkpoints(cls, keep: bool, info: ValidationInfo) -> bool:
+        if keep and info.data.get("checkpointing_minutes") == 0 and info.data.get("checkpointing_steps") == 0:
+            raise ValueError("found true, but no checkpoints are written; leave it out, or give checkpointing_steps.")
+        return keep
+
+
+class TrainingFields(CheckpointFields, CommonFields):
     """What every method that trains with diffusers needs to know."""
 
     random_flip: Annotated[

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from sdtune.errors import PublishError, RecipeError, TrainingError
 from sdtune.methods.places import bucket_and_path, in_bucket
+from sdtune.methods.resuming import CHECKPOINTS
 from sdtune.training.components.copying import cache
 from sdtune.training.components.store import in_store
 
-MODEL_DIR, LOG_DIR = "AIP_MODEL_DIR", "AIP_TENSORBOARD_LOG_DIR"
+MODEL_DIR, LOG_DIR, CHECKPOINT_DIR = "AIP_MODEL_DIR", "AIP_TENSORBOARD_LOG_DIR", "AIP_CHECKPOINT_DIR"
 """Set by Vertex AI where a job has a baseOutputDirectory: gs:// addresses that end with a slash."""
 RUN_FOLDER = "SDTUNE_RUN_FOLDER"
 """In the environment, for the processes that this one starts: where a run whose output is a bucket writes."""
@@ -26,11 +27,13 @@ class Destinations:
     """Where the result goes besides the folder it is written to.
 
     address: the output in a bucket. curves: another folder there, for the curves alone. shares: folders of NFS mounts.
+    checkpoints: a folder in a bucket, where another machine finds them.
     """
 
     address: str | None = None
     curves: str | None = None
     shares: tuple[Path, ...] = ()
+    checkpoints: str | None = None
 
 
 def find_output(given: str | None, environment: Mapping[str, str] = os.environ) -> str:
@@ -56,9 +59,24 @@ def find_curves(output: str, environment: Mapping[str, str] = os.environ) -> str
     return address if address != f"{in_bucket(output) or output}/logs" else None
 
 
-def destinations(output: str, shares: Sequence[str]) -> Destinations:
-    """All of a run's."""
-    return Destinations(in_store(output), find_curves(output), tuple(Path(share) for share in shares))
+def find_checkpoints(output: str, named: bool, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Where checkpoints of a run into a bucket go: beside its result, or where Vertex AI says.
+
+    named: the output was given. Then its checkpoints are in it, whatever the environment says, so that they are found
+    again by the output alone.
+    """
+    address = in_store(output)
+    wanted = environment.get(CHECKPOINT_DIR)
+    if not named and address and wanted and (there := in_bucket(wanted)):
+        return there
+    return f"{address}/{CHECKPOINTS}" if address else None
+
+
+def destinations(output: str, shares: Sequence[str], named: bool = True) -> Destinations:
+    """All of a run's; named: the output was given."""
+    return Destinations(
+        in_store(output), find_curves(output), tuple(Path(share) for share in shares), find_checkpoints(output, named)
+    )
 
 
 @dataclass

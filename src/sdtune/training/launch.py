@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdtune.errors import INTERRUPTED, ProjectError, TrainingError
+from sdtune.errors import INTERRUPTED, TERMINATED, ProjectError, TrainingError
 
 CLUSTER_SPEC = "CLUSTER_SPEC"
 """Set by Vertex AI: the addresses of all machines of a job, and which of them this is."""
@@ -109,8 +110,8 @@ def run_in_processes(count: int, argv: Sequence[str], machines: Machines = Machi
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", "sdtune.training", *argv)
-    except SignalException:
-        return INTERRUPTED
+    except SignalException as stopped:
+        return TERMINATED if stopped.sigval == signal.SIGTERM else INTERRUPTED
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode
     except DistError as error:

@@ -18,6 +18,7 @@ from sdtune import events
 from sdtune.errors import ProjectError, PublishError, SdtuneError
 from sdtune.methods.base import MARK
 from sdtune.training.components.copying import LARGE, StopError
+from sdtune.training.components.files import publish
 from sdtune.training.components.store import Asked, Folder
 
 SECONDS_BETWEEN_UPLOADS = 60.0
@@ -85,6 +86,15 @@ class Outbox:
             if file.is_file() and file.stat().st_size == blob.size:
                 self._sent[name] = _state(file)
 
+    def bring(self, names: Iterable[str]) -> None:
+        """Bring small files that an earlier process of this run left there, as far as they are there."""
+        for name in names:
+            file = self.folder / name
+            if not file.is_file() and (content := self._bucket.read(name)) is not None:
+                with publish(file, durable=False) as temporary:
+                    temporary.write_bytes(content)
+                self._sent[name] = _state(file)
+
     def remove(self, names: Iterable[str]) -> None:
         """Take these away; such as are not there are none the less gone."""
         self._bucket.delete(names)
@@ -104,6 +114,11 @@ class Outbox:
                     continue
                 self._running.add(name)
                 self._waiting[name] = self._pool.submit(self._upload_until_unchanged, name)
+
+    def is_sending(self, name: str) -> bool:
+        """Whether an upload of that file is on its way or waits for its turn."""
+        with self._lock:
+            return name in self._running
 
     def send_now(self, name: str) -> None:
         """Upload one small file, and wait for it. ProjectError: it may not be written there."""

@@ -14,6 +14,7 @@ import torch
 from sdtune import events
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
+from sdtune.training import interrupts
 from sdtune.training.components.batches import Draws, Noised
 from sdtune.training.components.captured import Captured, CudaGraph
 from sdtune.training.components.models import Parts
@@ -52,6 +53,8 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+        if self.average is not None:
+            self.average.to(self.weights.masters[0].device)
         self.step, self.losses = state["step"], list(state["losses"])
         torch.set_rng_state(state["random"]["cpu"])
         if torch.cuda.is_available():
@@ -99,37 +102,60 @@ def fit(
         weights.collect()
         return loss.detach()
 
+    run.checkpoints.restore(training)
     one_pass = Captured(forward_and_backward, run.device, run.tell, CudaGraph if run.device.type == "cuda" else None)
     report = _Report(training, method, run)
     queue = _Queue(run.device)
-    while training.step < method.max_train_steps:
-        names: list[str] = []
-        step_loss = torch.zeros((), device=run.device)
-        for _ in range(method.gradient_accumulation_steps):
-            noised = next(training.draws)
-            names += noised.batch.names
-            step_loss += one_pass(noised)
-        if run.share.of > 1:
-            exchange(weights.gradients, run.accelerator)
-            step_loss = run.accelerator.reduce(step_loss, reduction="mean")
-        scaler.unscale_(training.optimizer)
-        torch.nn.utils.clip_grad_norm_(weights.masters, method.max_grad_norm)
-        scale = scaler.get_scale()
-        scaler.step(training.optimizer)
-        scaler.update()
-        # A step that overflowed in half precision was left out.
-        if scaler.get_scale() >= scale:
-            training.schedule.step()
-        weights.cast()
-        training.step += 1
-        if training.average is not None:
-            training.average.step(weights.masters)
-        queue.wait()
-        report.add(step_loss, names)
-        for call in after_step:
-            call(training.step)
+
+    def follow_up() -> None:
+        """What follows on a step, and then what all processes do about checkpoints and signals."""
+        whole = _whole(after_step, training.step)
+        # The first process may have drawn for long, and the others wait for it here.
+        slow = any(every and training.step % every == 0 for every in (method.sample_every, method.held_out_every))
+        run.checkpoints.after(training, report.tell, ask=slow, whole=whole)
+
+    # A signal waits for the end of the step, where all processes agree on what to do.
+    with interrupts.held():
+        if run.checkpoints.owes:
+            follow_up()
+        while training.step < method.max_train_steps:
+            names: list[str] = []
+            step_loss = torch.zeros((), device=run.device)
+            for _ in range(method.gradient_accumulation_steps):
+                noised = next(training.draws)
+                names += noised.batch.names
+                step_loss += one_pass(noised)
+            if run.share.of > 1:
+                exchange(weights.gradients, run.accelerator)
+                step_loss = run.accelerator.reduce(step_loss, reduction="mean")
+            scaler.unscale_(training.optimizer)
+            torch.nn.utils.clip_grad_norm_(weights.masters, method.max_grad_norm)
+            scale = scaler.get_scale()
+            scaler.step(training.optimizer)
+            scaler.update()
+            # A step that overflowed in half precision was left out.
+            if scaler.get_scale() >= scale:
+                training.schedule.step()
+            weights.cast()
+            training.step += 1
+            if training.average is not None:
+                training.average.step(weights.masters)
+            queue.wait()
+            report.add(step_loss, names)
+            follow_up()
     last_tenth = training.losses[-max(1, method.max_train_steps // 10) :]
     return sum(last_tenth) / len(last_tenth)
+
+
+def _whole(calls: Sequence[Callable[[int], None]], step: int) -> bool:
+    """Whether all that follows on a step was done: a signal ends it at once, for it changes nothing that is trained."""
+    try:
+        with interrupts.let_through():
+            for call in calls:
+                call(step)
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 class _Queue:
@@ -168,6 +194,8 @@ class _Report:
 
     def tell(self) -> None:
         """Tell what has not been told."""
+        if not self._unread:
+            return
         training, method, run = self._training, self._method, self._run
         step, steps = training.step, method.max_train_steps
         losses = self._read()

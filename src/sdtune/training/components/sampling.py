@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,19 @@ class Samples:
         self.parts, self.method, self.run = parts, method, run
         self.prompts = method.sample_prompts() if method.num_samples and run.is_first else ()
         self.drawn: dict[int, list[list[Image.Image]]] = {}
+        self._recall()
+
+    def _recall(self) -> None:
+        """Those that were drawn before the run was stopped, as far as the same are wanted now."""
+        for step, rows in list(self.run.record.samples.items()):
+            if list(rows) == list(self.prompts) and {len(row) for row in rows.values()} == {self.method.num_samples}:
+                self.drawn[step] = [[_opened(self.run.output / name) for name in row] for row in rows.values()]
+            else:
+                del self.run.record.samples[step]
 
     def draw(self, step: int) -> None:
-        """Draw every prompt, unless there is none, and write the pictures."""
-        if not self.prompts:
+        """Draw every prompt, unless there is none or that was done, and write the pictures."""
+        if not self.prompts or step in self.drawn:
             return
         count = len(self.prompts) * self.method.num_samples
         when = "before training" if step == 0 else f"after step {step}"
@@ -67,6 +77,11 @@ class Samples:
             ],
         )
         self.run.save_picture("contact_sheet", "contact_sheet.png", sheet)
+
+
+def _opened(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
 
 
 @torch.no_grad()
