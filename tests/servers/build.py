@@ -33,9 +33,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from google.cloud.devtools.cloudbuild_v1 import types
 
 from tests.servers.build_rules import check
+from tests.servers.faults import Befallen, respond
 from tests.servers.registry import Operations, Registry, Request, Services
 from tests.servers.storage import StorageServer
-from tests.servers.vertex import Fault
 from tests.servers.vertex_json import TYPES, ApiError, bad_request, parse, to_json
 
 STATUS = types.Build.Status
@@ -73,10 +73,11 @@ class Push:
     lines: Iterable[str] = ()
 
 
-class BuildServer:
+class BuildServer(Befallen):
     """builds: by id. requests: all that came. delay: seconds between two steps of a build."""
 
     def __init__(self, storage: StorageServer | None = None, delay: float = 0.0) -> None:
+        super().__init__()
         self.storage = storage
         self.delay = delay
         self.requests: list[Request] = []
@@ -87,7 +88,6 @@ class BuildServer:
         self.push = Push()
         self.lock = threading.RLock()
         self._scripts: dict[tuple[str, str], Script] = {}
-        self._faults: list[Fault] = []
         self._players: list[threading.Thread] = []
         self._closed = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
@@ -125,24 +125,6 @@ class BuildServer:
     def script(self, step: str, script: Script, image: str = "") -> None:
         """What the step of this id does, in every build, or in those whose images' addresses contain ``image``."""
         self._scripts[step, image] = script
-
-    def fail(self, method: str, pattern: str, status: int, times: int = 1_000_000, message: str = "") -> None:
-        """Answer with ``status`` where the method is this and the decoded path matches ``pattern``."""
-        error = ApiError(status, message or f"The server was told to answer {status}.")
-        self._faults.append(Fault(method, pattern, times, error))
-
-    def cut(self, method: str, pattern: str, times: int = 1) -> None:
-        """Do what is asked for, then cut the line in place of an answer: the client cannot know what happened."""
-        self._faults.append(Fault(method, pattern, times, None))
-
-    def take_fault(self, request: Request) -> Fault | None:
-        """The first that applies; it is used up by one."""
-        with self.lock:
-            for fault in self._faults:
-                if fault.times > 0 and fault.method == request.method and re.search(fault.pattern, request.path):
-                    fault.times -= 1
-                    return fault
-        return None
 
     def answer(self, request: Request) -> dict[str, Any]:
         """The answer as JSON. ApiError otherwise."""
@@ -363,23 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(raw) if raw else None
         request = Request(self.command, unquote(address.path), query, body, queries)
         self.server_of.requests.append(request)
-        fault = self.server_of.take_fault(request)
-        try:
-            if fault and fault.error:
-                raise fault.error
-            status, answer = 200, self.server_of.answer(request)
-        except ApiError as error:
-            status, answer = error.status, error.body()
-        if fault and not fault.error:
-            self.close_connection = True
-            self.connection.shutdown(2)
-            return
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=UTF-8")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        respond(self, self.server_of, request.path, lambda: self.server_of.answer(request))
 
     do_GET = do_POST = do_PATCH = do_DELETE = _dispatch  # noqa: N815
 
@@ -408,6 +374,9 @@ class _MakesBuckets:
             return self._error(409, "The requested bucket name is not available.")
         server.buckets[name], server.made[name] = {}, body
         server.locations[name] = body.get("location", "US").upper()
+        if server.take_fault("POST", self.path):  # the line breaks after the work
+            self.close_connection = True
+            return None
         return self._json({"kind": "storage#bucket", "id": name, **body})
 
     def do_GET(self: Any) -> None:  # noqa: N802

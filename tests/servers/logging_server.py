@@ -15,12 +15,14 @@ import heapq
 import json
 import random
 import re
+import socket
 import threading
 import time
 import zlib
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -37,12 +39,18 @@ DAY = 86_400 * SECOND
 
 @dataclass
 class Fault:
-    """What befalls ``times`` requests: a status in place of an answer, or the line is cut after so many bytes of it."""
+    """What befalls ``times`` requests: a status in place of an answer, or the line is cut after so many bytes of it.
+
+    kind: or "garbled", something else than the service answers; "slow", the answer takes so many seconds, by drops;
+    "expired", no token of now is taken.
+    """
 
     times: int
     status: int | None = None
     retry_after: int | None = None
     after: int = 0
+    kind: str = ""
+    seconds: float = 0.05
 
 
 class RefusedError(Exception):
@@ -55,6 +63,8 @@ class RefusedError(Exception):
 
 class LoggingServer:
     """requests: the bodies of all that were answered or refused; quota: requests per minute, None for no limit.
+
+    chance: asked for a fault wherever none is ordered. valid, on_expired: see faults.Befallen.
 
     What happens to lines by chance: ``late`` is the share that is seen 6 to 12 s after it was written, ``duplicates``
     the share that is in every answer twice, ``shuffle`` the seconds by which a timestamp may lie in the past, ``empty``
@@ -84,6 +94,10 @@ class LoggingServer:
         self._numbers = count()
         self._newest = 0
         self._asked: deque[float] = deque()
+        self.chance: Callable[[], Fault | None] = lambda: None
+        self.valid: Callable[[str], bool] = lambda authorization: True
+        self.on_expired: Callable[[], object] = lambda: None
+        self.lines: set[socket.socket] = set()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
@@ -155,7 +169,13 @@ class LoggingServer:
             fault = next((fault for fault in self._faults if fault.times > 0), None)
             if fault:
                 fault.times -= 1
-            return fault
+            return fault or self.chance()
+
+    def hang_up(self) -> None:
+        """Break every line that is open."""
+        for line in self.lines.copy():
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)
 
     def answer(self, body: dict[str, Any]) -> bytes:
         """What entries:list says to ``body``. RefusedError: it is answered with an error."""
@@ -309,6 +329,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None: ...
 
+    def setup(self) -> None:
+        super().setup()
+        self.server_of.lines.add(self.connection)
+
+    def finish(self) -> None:
+        self.server_of.lines.discard(self.connection)
+        super().finish()
+
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server_of.take_fault()
@@ -317,6 +345,16 @@ class _Handler(BaseHTTPRequestHandler):
                 raise RefusedError(404, "NOT_FOUND", f"This server has nothing at {self.path}.")
             body = json.loads(content)
             self.server_of.requests.append(body)
+            if fault and fault.kind == "expired":
+                self.server_of.on_expired()
+            if not self.server_of.valid(self.headers.get("Authorization", "")):
+                raise RefusedError(401, "UNAUTHENTICATED", "Request had invalid authentication credentials.")
+            if fault and fault.kind:
+                data = self.server_of.answer(body)
+                return self._send(
+                    200, b"<html>" if fault.kind == "garbled" else data, {},
+                    seconds=fault.seconds if fault.kind == "slow" else 0.0,
+                )  # fmt: skip
             if fault and fault.status:
                 more = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
                 raise RefusedError(
@@ -324,17 +362,25 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             if fault and not fault.after:
                 self.close_connection = True
-                return
+                return None
             self._send(200, self.server_of.answer(body), {}, fault.after if fault else None)
         except RefusedError as error:
             said = {"code": error.status, "message": str(error), "status": error.reason}
             self._send(error.status, json.dumps({"error": said}).encode(), error.more)
 
-    def _send(self, status: int, data: bytes, more: Mapping[str, str], cut: int | None = None) -> None:
+    def _send(
+        self, status: int, data: bytes, more: Mapping[str, str], cut: int | None = None, seconds: float = 0.0
+    ) -> None:
         self.send_response(status)
         headers = {"Content-Type": "application/json; charset=UTF-8", "Content-Length": str(len(data)), **more}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data[:cut])
+        pieces = 8 if seconds else 1
+        size = max(1, -(-len(data) // pieces))
+        for start in range(0, len(data), size):
+            self.wfile.write(data[:cut][start : start + size])
+            if seconds:
+                self.wfile.flush()
+                time.sleep(seconds / pieces)
         self.close_connection = self.close_connection or cut is not None

@@ -34,7 +34,7 @@ STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENI
           409: "ALREADY_EXISTS", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}  # fmt: skip
 HOSTS = {
     "cloudresourcemanager": "", "cloudbilling": "", "serviceusage": "", "iam": "", "compute": "compute/v1/",
-    "artifactregistry": "", "file": "", "storage": "storage/v1/",
+    "artifactregistry": "", "file": "", "storage": "storage/v1/", "secretmanager": "",
 }  # fmt: skip
 """The services that are here, and what gcloud expects at the end of the address that stands in for them."""
 
@@ -56,7 +56,8 @@ class ServicesServer:
     denied: permissions that the caller lacks. off: APIs whose own methods are refused, as they are where they were
     never switched on. policy: role -> members, of the project. images: (name, digest or tag) -> when it was made.
     networks: name -> peerings; hosts: other projects that have them too, as of a Shared VPC. quotas: metric -> limits
-    by region, "" for all others. revoked: the login is no longer taken. delay: seconds before each answer.
+    by region, "" for all others. secrets: name -> role -> who has it, None
+    where the policy may not be read. revoked: the login is no longer taken. delay: seconds before each answer.
     """
 
     def __init__(self, project: str = "my-project", number: str = "123456789012", delay: float = 0.0) -> None:
@@ -77,6 +78,7 @@ class ServicesServer:
         self.instances: list[dict[str, Any]] = []
         self.quotas: dict[str, dict[str, int]] = {}
         self.buckets: dict[str, Bucket] = {}
+        self.secrets: dict[str, dict[str, list[str]] | None] = {}
         self.email = "ann@example.com"
         self.revoked = False
         self.faults: list[Fault] = []

@@ -305,6 +305,25 @@ def set_bucket_policy(asked: Asked) -> dict[str, Any]:
     return bucket_policy(asked)
 
 
+def secret(asked: Asked) -> dict[str, Any]:
+    project, name = asked.names
+    asked.need_project(project)
+    asked.need("secretmanager.secrets.get")
+    if name not in asked.server.secrets:
+        raise RefusedError(404, f"Secret [projects/{asked.server.number}/secrets/{name}] not found.")
+    return {
+        "name": f"projects/{asked.server.number}/secrets/{name}", "replication": {"automatic": {}},
+        "createTime": "2026-01-02T03:04:05.678901Z", "etag": "\"1\"",
+    }  # fmt: skip
+
+
+def secret_policy(asked: Asked) -> dict[str, Any]:
+    members = asked.server.secrets.get(asked.names[1])
+    if members is None:
+        raise RefusedError(403, "Permission 'secretmanager.secrets.getIamPolicy' denied for resource.")
+    return _policy(members)
+
+
 def list_objects(asked: Asked) -> dict[str, Any]:
     _bucket(asked)
     return {"kind": "storage#objects"}
@@ -378,6 +397,9 @@ METHODS: tuple[tuple[str, str, str, set[str], Method], ...] = (
     ("artifactregistry", rf"GET {PACKAGE}/versions/([^/]+)", "", set(), version),
     ("file", rf"GET v1/{PROJECT}/locations/-/instances", "query", {"pageSize", "pageToken", "filter", "orderBy"},
      instances),
+    ("secretmanager", rf"GET v1/{PROJECT}/secrets/([^/:]+)", "", set(), secret),
+    ("secretmanager", rf"GET v1/{PROJECT}/secrets/([^/:]+):getIamPolicy", "query", {"options.requestedPolicyVersion"},
+     secret_policy),
     ("storage", rf"GET {BUCKET}", "", set(), bucket),
     ("storage", rf"PATCH {BUCKET}", "body", {"iamConfiguration", "acl", "defaultObjectAcl"}, change_bucket),
     ("storage", rf"GET {BUCKET}/iam/testPermissions", "query", {"permissions"}, bucket_permissions),

@@ -83,6 +83,7 @@ class Fault:
 
 class StorageServer:
     """buckets: name -> name of an object -> object. requests: "GET /path?query" of all that came.
+    put_lengths: the bytes of each PUT.
     authorizations: the header of that name of those that had one.
 
     delay: seconds before each answer, as of a network. denied: permissions that nobody has. locations: of buckets.
@@ -95,10 +96,11 @@ class StorageServer:
         self.buckets: dict[str, dict[str, Stored]] = {}
         self.requests: list[str] = []
         self.authorizations: list[str] = []
+        self.put_lengths: list[int] = []
         self.uploads: dict[str, tuple[str, dict[str, Any], bytearray]] = {}
         self._faults: list[Fault] = []
         self._generations = count(1_700_000_000_000_000)
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
         self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
         self.address = f"http://127.0.0.1:{self._http.server_port}"
@@ -113,7 +115,7 @@ class StorageServer:
 
     def put(self, bucket: str, name: str, data: bytes, **more: Any) -> Stored:
         """Store an object, in a new generation; the bucket is made if it is not there."""
-        with self._lock:
+        with self.lock:
             stored = Stored(bucket, name, data, next(self._generations), more)
             self.buckets.setdefault(bucket, {})[name] = stored
             return stored
@@ -132,7 +134,7 @@ class StorageServer:
 
     def take_fault(self, method: str, address: str) -> Fault | None:
         """The first that applies; it is used up by one."""
-        with self._lock:
+        with self.lock:
             for fault in self._faults:
                 if fault.times > 0 and fault.method == method and re.search(fault.pattern, unquote(address)):
                     fault.times -= 1
@@ -150,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _dispatch(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server_of.requests.append(f"{self.command} {unquote(self.path)}")
+        if self.command == "PUT":
+            self.server_of.put_lengths.append(len(self.body))
         self.server_of.authorizations += self.headers.get_all("Authorization", [])
         address = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(address.query, keep_blank_values=True).items()}
@@ -185,6 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         if stored is None or self.query.get("generation", str(stored.generation)) != str(stored.generation):
             return self._error(404, f"No such object: {bucket}/{name}")
         if self.command == "DELETE":
+            if self.query.get("ifGenerationMatch", str(stored.generation)) != str(stored.generation):
+                return self._error(412, "At least one of the pre-conditions you specified did not hold.")
             del self.server_of.buckets[bucket][name]
             return self._answer(204)
         if self.query.get("alt") != "media":
@@ -266,15 +272,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(308, headers={"Range": f"bytes=0-{len(received) - 1}"} if received else {})
 
     def _store(self, bucket: str, described: Mapping[str, Any], data: bytes) -> None:
-        present = self.server_of.buckets[bucket].get(described["name"])
-        generation = str(present.generation if present else 0)
-        if self.query.get("ifGenerationMatch", generation) != generation:
-            return self._error(412, "At least one of the pre-conditions you specified did not hold.")
-        hashes = Stored(bucket, "", data, 0).hashes
-        if any(described.get(promised, hashes[kind]) != hashes[kind] for promised, kind in HASHES.items()):
-            return self._error(400, "The content does not have the hash that was given for it.")
-        given = {key: described[key] for key in ("contentType", "contentEncoding", "metadata") if described.get(key)}
-        return self._json(self.server_of.put(bucket, described["name"], data, **given).resource(self.headers["Host"]))
+        with self.server_of.lock:
+            present = self.server_of.buckets[bucket].get(described["name"])
+            generation = str(present.generation if present else 0)
+            if self.query.get("ifGenerationMatch", generation) != generation:
+                return self._error(412, "At least one of the pre-conditions you specified did not hold.")
+            hashes = Stored(bucket, "", data, 0).hashes
+            if any(described.get(promised, hashes[kind]) != hashes[kind] for promised, kind in HASHES.items()):
+                return self._error(400, "The content does not have the hash that was given for it.")
+            names = ("contentType", "contentEncoding", "metadata")
+            given = {key: described[key] for key in names if described.get(key)}
+            stored = self.server_of.put(bucket, described["name"], data, **given)
+        return self._json(stored.resource(self.headers["Host"]))
 
     def _json(self, content: Any, status: int = 200) -> None:
         self._answer(status, json.dumps(content).encode(), {"Content-Type": "application/json; charset=UTF-8"})

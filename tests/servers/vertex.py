@@ -18,7 +18,6 @@ import base64
 import json
 import random
 import re
-import socket
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.servers.faults import Befallen, respond
 from tests.servers.processes import GRACE
 from tests.servers.vertex_jobs import (
     INVALID_ARGUMENT,
@@ -65,17 +65,7 @@ class Request:
     headers: Mapping[str, str]
 
 
-@dataclass
-class Fault:
-    """What befalls ``times`` requests: an error in place of the work, or None: the line is cut after the work."""
-
-    method: str
-    pattern: str
-    times: int
-    error: ApiError | None
-
-
-class VertexServer:
+class VertexServer(Befallen):
     """jobs: by id, in the order of their making. requests: all that came. projects: number by id."""
 
     def __init__(
@@ -88,6 +78,7 @@ class VertexServer:
         gcs: Path | None = None,
         grace: float = GRACE,
     ) -> None:
+        super().__init__()
         self._folder = TemporaryDirectory(prefix="vertex-shares-", ignore_cleanup_errors=True)
         emulated = {"STORAGE_EMULATOR_HOST": storage_host} if storage_host else {}
         self.around = Surroundings(
@@ -97,13 +88,11 @@ class VertexServer:
         self.studies = Studies(self)
         self.requests: list[Request] = []
         self.projects: dict[str, str] = {}
-        self._faults: list[Fault] = []
         self._denied: list[tuple[str, str]] = []
         self._no_act_as: set[str] = set()
         self._no_repository: list[str] = []
         self._quotas: dict[tuple[str, str], int] = {}
         self._resources: dict[tuple[str, str], str] = {}
-        self._lock = threading.RLock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
         self._http.daemon_threads = True
         self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
@@ -128,15 +117,6 @@ class VertexServer:
         return self.jobs[name.rsplit("/", 1)[-1]]
 
     # What tests order ------------------------------------------------------------------------------------------------
-
-    def fail(self, method: str, pattern: str, status: int, times: int = 1_000_000, message: str = "") -> None:
-        """Answer with ``status`` where the method is this and the decoded path matches ``pattern``."""
-        error = ApiError(status, message or f"The server was told to answer {status}.")
-        self._faults.append(Fault(method, pattern, times, error))
-
-    def cut(self, method: str, pattern: str, times: int = 1) -> None:
-        """Do what is asked for, then cut the connection in place of an answer: the client cannot know what happened."""
-        self._faults.append(Fault(method, pattern, times, None))
 
     def quota(self, region: str, metric: str, limit: int) -> None:
         """Refuse (429) jobs by which more than ``limit`` of the metric would be in use in the region."""
@@ -334,15 +314,6 @@ class VertexServer:
                 return {**({"customJobs": page} if page else {}), **(more if len(found) > size else {})}
         raise ApiError(400, "Request contains an invalid argument.")
 
-    def take_fault(self, request: Request) -> Fault | None:
-        """The first that applies; it is used up by one."""
-        with self._lock:
-            for fault in self._faults:
-                if fault.times > 0 and fault.method == request.method and re.search(fault.pattern, request.path):
-                    fault.times -= 1
-                    return fault
-        return None
-
 
 # HTTP method, whether a job is named, verb -> permission, function.
 _ACTIONS: dict[tuple[str, bool, str], tuple[str, Any]] = {
@@ -370,22 +341,6 @@ class _Handler(BaseHTTPRequestHandler):
             body = raw.decode(errors="replace")
         request = Request(self.command, unquote(address.path), query, body, dict(self.headers))
         self.server_of.requests.append(request)
-        fault = self.server_of.take_fault(request)
-        try:
-            if fault and fault.error:
-                raise fault.error
-            status, answer = 200, self.server_of.answer(request)
-        except ApiError as error:
-            status, answer = error.status, error.body()
-        if fault and not fault.error:
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        data = json.dumps(answer, indent=2).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=UTF-8")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        respond(self, self.server_of, request.path, lambda: self.server_of.answer(request))
 
     do_GET = do_POST = do_DELETE = do_PATCH = _dispatch  # noqa: N815

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from errno import ENOENT
 from pathlib import Path
 
 from sdtune.methods.places import bucket_and_path, in_bucket
 from sdtune.methods.sources import LocalFolder, Source
+
+LARGEST = 2**28
+"""Bytes that are read of one file."""
 
 
 class Places:
@@ -28,6 +32,19 @@ class Places:
         from sdtune.backends.storage import BucketFolder, open_client
 
         return BucketFolder(open_client(), address)
+
+    def read(self, file: str) -> bytes | None:
+        address = in_bucket(file)
+        if address is None:
+            with Path(file).expanduser().open("rb") as stream:
+                return stream.read(LARGEST)
+        if self.offline:
+            return None
+        from sdtune.backends.storage import open_client, read_object
+
+        if (data := read_object(open_client(), address, LARGEST)) is None:
+            raise FileNotFoundError(ENOENT, "there is no such file", address)
+        return data
 
     def list_names(self, folder: str) -> list[str]:
         address = in_bucket(folder)

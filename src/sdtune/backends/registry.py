@@ -10,6 +10,7 @@ from sdtune.jobs.findings import Check
 from sdtune.jobs.placement import Placement
 from sdtune.jobs.provisioner import Provisioner
 from sdtune.jobs.study import StudyBackend
+from sdtune.jobs.workbench import Workbenches
 
 BACKENDS = ("local", "vertex")
 
@@ -68,3 +69,10 @@ def open_studies(name: str, placement: Placement) -> StudyBackend:
     from sdtune.backends.vertex.studies import VertexStudies
 
     return VertexStudies(placement)
+
+
+def open_workbenches(placement: Placement) -> Workbenches:
+    """Where notebooks run on machines of their own."""
+    from sdtune.backends.vertex.workbench import VertexWorkbenches
+
+    return VertexWorkbenches(placement.in_project())

@@ -21,8 +21,8 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud.storage import Blob, Client
 from google.cloud.storage.retry import DEFAULT_RETRY
 from requests import RequestException
-from requests.adapters import HTTPAdapter
 
+from sdtune.backends.connections import make_timely
 from sdtune.backends.endpoints import checked, override, takes_credentials
 from sdtune.errors import DatasetError, ProjectError
 from sdtune.methods.folders import CAPTION_SUFFIXES
@@ -35,7 +35,13 @@ AT_ONCE = 32
 limit (benchmarks/bucket_check_speed.py)."""
 LONGEST_WAIT = 30
 """Seconds for which a request is tried again: someone is sitting in front of it."""
-RETRY = DEFAULT_RETRY.with_timeout(LONGEST_WAIT).with_delay(maximum=4)
+RETRY = (
+    DEFAULT_RETRY.with_predicate(
+        lambda error: DEFAULT_RETRY._predicate(error) or (isinstance(error, auth.RefreshError) and error.retryable)
+    )
+    .with_timeout(LONGEST_WAIT)
+    .with_delay(maximum=4)
+)
 
 READER = "roles/storage.objectViewer"
 WRITER = "roles/storage.objectUser"
@@ -54,10 +60,7 @@ def open_client(project: str | None = None) -> Client:
     with explained("Cloud Storage"):
         client = Client(project=project, **options)
     # The session keeps ten connections unless told otherwise, and would open all others anew for every request.
-    session = client._http
-    if not session.is_mtls:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(pool_maxsize=AT_ONCE))
+    make_timely(client._http, AT_ONCE)
     return client
 
 
@@ -92,6 +95,17 @@ def list_names(client: Client, address: str) -> list[str]:
         page = next(listing.pages, ())
         found = [blob.name for blob in page] + list(listing.prefixes)
     return sorted(name.removeprefix(start) for name in found if name != start)
+
+
+def read_object(client: Client, address: str, most: int) -> bytes | None:
+    """The first ``most`` bytes of one object; None where there is none. ProjectError: see list_names()."""
+    bucket, path = bucket_and_path(address)
+    with explained(address):
+        blob = client.bucket(bucket).get_blob(path, retry=RETRY)
+        if blob is None or not blob.size:
+            return None if blob is None else b""
+        data: bytes = blob.download_as_bytes(end=min(most, blob.size) - 1, retry=RETRY)
+    return data
 
 
 def can_write(client: Client, address: str, needed: Collection[str] = TO_WRITE) -> list[str]:
@@ -349,6 +363,8 @@ def explained(address: str, role: str = READER, let_through: tuple[type[Exceptio
     except let_through:
         raise
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
+        if error.retryable:
+            raise ProjectError(f"{address}: no token could be had ({_first_line(error)}); try again.") from None
         what = "are no longer taken" if isinstance(error, auth.RefreshError) else "were not found"
         raise ProjectError(
             f"{address}: the credentials for Google Cloud {what} ({_first_line(error)}); get new ones with: "

@@ -42,6 +42,9 @@ LONGEST_WAIT = 120
 LONGEST_NAME = 1024
 """Bytes of UTF-8, as Cloud Storage has it."""
 
+THREAD = "sdtune-upload"
+"""The name of every thread that sends."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -240,7 +243,7 @@ class _Run:
                     ended.put(None)
 
         for _ in range(min(AT_ONCE, len(tasks))):
-            Thread(target=work, daemon=True).start()
+            Thread(target=work, name=THREAD, daemon=True).start()
         left, reported = len(tasks), 0.0
         try:
             while left:
@@ -287,6 +290,13 @@ class _Run:
         blob.md5_hash, blob.crc32c = file.md5, file.crc32c
         kind, _ = mimetypes.guess_type(file.name)
         with _Stream(file, self.done, self.stop) as stream:
+            if file.size > CHUNK:
+                from sdtune.backends.resumable import PartedUpload
+
+                PartedUpload(self.client, blob, file.size, replaces, CHUNK).send(stream, kind, retry)
+                # Of the generation that is there now, with its hashes.
+                blob.reload(retry=retry)
+                return
             blob.upload_from_file(
                 stream, size=file.size, content_type=kind, if_generation_match=replaces, checksum=None, retry=retry
             )

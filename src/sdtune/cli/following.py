@@ -20,8 +20,8 @@ def run_and_follow(session: Session, job: JobSpec, uploads: Sequence[Upload], *,
     running = JobRun(job, uploads, session.backend, detach=detach)
     try:
         session.console.follow(running)
-    except KeyboardInterrupt:
-        session.console.left(running.submitted if session.backend.outlives else None)
+    except KeyboardInterrupt as left:
+        session.console.left(running.submitted if session.backend.outlives else None, str(left))
         raise typer.Exit(INTERRUPTED) from None
     except SdtuneError:
         if running.submitted and session.backend.outlives:

@@ -35,9 +35,13 @@ class JobRun:
         for upload in self._uploads:
             yield from uploaded(upload)
         while True:
+            # None while it is made: what was before has ended.
+            self.submitted = None
             self.submitted = self._backend.submit(self._job)
             if self._backend.outlives:
                 yield self.submitted
+            if self.submitted.note:
+                yield events.Note(self.submitted.note, "warning")
             if self._detach:
                 return
             end = JobFollower(self._backend.outlives)
@@ -71,7 +75,7 @@ class JobFollower:
             if isinstance(event, events.Failed):
                 self._failed = event
                 continue
-            if isinstance(event, events.Finished):
+            if isinstance(event, events.Finished | events.Executed):
                 # What failed before it was another try of the same job, on a machine that was then taken away.
                 self._finished, self._failed = True, None
             if event is None and isinstance(line, LogLine):

@@ -390,7 +390,8 @@ def test_an_answer_that_was_lost_makes_no_second_build(
     assert len(server.builds) == 1
     server.fail("POST", "/builds$", 503, times=2)
     assert builder.start(builder.render(spec, SETTINGS)).number == list(server.builds)[1]
-    assert (len(server.builds), pauses) == (2, [1.0, 2.0])
+    assert len(server.builds) == 2
+    assert all(least <= pause <= 2 * least for least, pause in zip((0.5, 0.5, 1.0), pauses, strict=True))
 
 
 REFUSALS = {
@@ -477,7 +478,9 @@ def test_an_image_is_found_by_its_source_and_gets_the_tags_back(
     del tags
     for image in server.registry.images.values():
         image["tags"] = [tag for tag in image["tags"] if tag != "latest"]
+    server.cut("POST", "/tags$")
     assert builder.point_tags(spec, first) == ("latest",)
+    assert builder.point_tags(spec, first) == ()
 
 
 def test_images_are_listed_newest_first(server: BuildServer, builder: VertexBuilder, spec: ImageSpec) -> None:

@@ -55,6 +55,7 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServicesServer]:
         server.buckets["my-bucket"] = Bucket(members={"roles/storage.objectUser": [f"serviceAccount:{TRAINER}"]})
         server.add_image("sdtune-diffusers", __version__)
         server.add_account("trainer")
+        server.secrets["token"] = {"roles/secretmanager.secretAccessor": [f"serviceAccount:{TRAINER}"]}
         server.add_network("vpc")
         server.add_instance("10.0.0.2")
         server.quotas = {L4: {"": 0, "us-central1": 8}, SPOT_L4: {"": 4}}
@@ -74,8 +75,8 @@ def grades(found: dict[str, Finding], *wanted: str) -> list[str]:
 
 def test_nothing_is_missing(google: ServicesServer) -> None:
     found = ask(**ALL)
-    assert len(found) == 12
-    assert not grades(found, "warning", "bad", "unasked"), found
+    assert len(found) == 13
+    assert grades(found, "warning", "bad", "unasked") == ["secrets"], found
     assert "none needed" in found["credentials"].text
     assert found["project"].text == "my-project, number 123456789012"
     assert found["bucket"].text == "gs://my-bucket in US-CENTRAL1"
@@ -88,7 +89,7 @@ def test_nothing_is_missing(google: ServicesServer) -> None:
 
 def test_what_is_not_set_is_not_asked(google: ServicesServer) -> None:
     found = ask()
-    assert set(grades(found, "unasked")) == {"bucket", "network", "NFS shares"}
+    assert set(grades(found, "unasked")) == {"bucket", "secrets", "network", "NFS shares"}
     assert not grades(found, "warning", "bad")
     assert "service-123456789012@gcp-sa-aiplatform-cc" in found["service account"].text
     assert not [request for request in google.requests if "/compute/" in request or "instances" in request]
@@ -172,7 +173,8 @@ def test_what_is_missing_is_named_with_the_command_that_mends_it(case: str, goog
     else:
         assert not found[check].commands
     # The others are asked all the same.
-    assert set(grades(found, "unasked")) == ({"image"} if check == "registry" else set())
+    unset = set() if "hf_token_secret" in settings else {"secrets"}
+    assert set(grades(found, "unasked")) == unset | ({"image"} if check == "registry" else set())
 
 
 WARNINGS: dict[str, tuple[Callable[[ServicesServer], Any], dict[str, Any], str, str]] = {
@@ -293,14 +295,14 @@ def test_a_project_that_is_not_there_is_the_only_thing_asked_about(google: Servi
     found = ask(**ALL | {"project": "no-project"})
     assert grades(found, "bad") == ["project"]
     assert "no-project does not exist, or you may not see it" in found["project"].text
-    assert len(grades(found, "unasked")) == 10
+    assert len(grades(found, "unasked")) == 11
     assert google.requests == ["GET /v3/projects/no-project"]
 
 
 def test_a_project_that_cannot_be_seen_for_want_of_an_api_stops_nothing(google: ServicesServer) -> None:
     google.off.add("cloudresourcemanager")
     found = ask(**ALL)
-    assert grades(found, "bad", "unasked") == []
+    assert grades(found, "bad", "unasked") == ["secrets"]
     command = "gcloud services enable cloudresourcemanager.googleapis.com --project=123456789012"
     assert found["project"].commands == found["permissions"].commands == (command,)
 
@@ -358,7 +360,7 @@ def test_without_credentials_nobody_is_called(google: ServicesServer, monkeypatc
         monkeypatch.delenv(name)
     found = ask(**ALL)
     assert found["credentials"] == Finding("bad", "there are none here", ("gcloud auth application-default login",))
-    assert len(grades(found, "unasked")) == 11
+    assert len(grades(found, "unasked")) == 12
     assert not google.requests
 
 
@@ -509,4 +511,47 @@ def test_the_commands_mend_what_is_bad(google: ServicesServer) -> None:
         for command in finding.commands:
             gcloud(command.replace("YOUR_ADDRESS", "ann@example.com"))
     found = ask(**ALL)
-    assert not grades(found, "warning", "bad", "unasked"), found
+    assert grades(found, "warning", "bad", "unasked") == ["secrets"], found
+
+
+def test_secrets_are_there_and_readable_by_the_account_of_jobs_and_never_read(google: ServicesServer) -> None:
+    member = f"serviceAccount:{TRAINER}"
+    named = {**ALL, "hf_token_secret": "hf-token", "wandb_key_secret": "projects/my-project/secrets/wandb-key"}
+    found = ask(**named)["secrets"]
+    assert (found.grade, found.text) == ("bad", "there is no secret hf-token; there is no secret wandb-key")
+    assert found.commands[0] == "gcloud secrets create hf-token --data-file=FILE --project=my-project"
+    google.secrets = {"hf-token": {}, "wandb-key": {"roles/secretmanager.secretAccessor": [member]}}
+    found = ask(**named)["secrets"]
+    assert found.grade == "warning"
+    assert f"hf-token is not known to be readable by {TRAINER}; wandb-key, which jobs may read" in found.text
+    assert found.commands == (
+        f"gcloud secrets add-iam-policy-binding hf-token --member={member} --role=roles/secretmanager.secretAccessor "
+        "--project=my-project",
+    )
+    google.secrets["hf-token"] = None
+    assert "who may read it cannot be seen by you" in ask(**named)["secrets"].text
+    google.secrets["hf-token"] = google.secrets["wandb-key"]
+    assert ask(**named)["secrets"].grade == "good"
+    assert ask(**{**named, "hf_token_secret": "hf-token/versions/3"})["secrets"].text.startswith("hf-token, version 3")
+    google.denied.add("secretmanager.secrets.get")
+    assert "hf-token cannot be seen by you, or is not there" in ask(**named)["secrets"].text
+    assert not [request for request in google.requests if ":access" in request]
+    # Vertex AI's own account, where none is given.
+    google.denied.clear()
+    agent = "service-123456789012@gcp-sa-aiplatform-cc.iam.gserviceaccount.com"
+    assert f"readable by {agent}" in ask(hf_token_secret="hf-token")["secrets"].text
+
+
+@pytest.mark.parametrize("role", ["roles/owner", "roles/editor", "roles/secretmanager.secretAccessor"])
+def test_an_account_of_jobs_that_may_do_more_than_they_need(role: str, google: ServicesServer) -> None:
+    assert google.policy is not None
+    google.policy[role] = [f"serviceAccount:{TRAINER}"]
+    found = ask(**ALL)["service account"]
+    assert found.grade == "warning"
+    assert f"{TRAINER}, which may do more in the project than a job needs: {role}" in found.text
+    own = "sdtune-jobs@my-project.iam.gserviceaccount.com"
+    assert found.commands == (
+        "gcloud iam service-accounts create sdtune-jobs --project=my-project",
+        f"gcloud storage buckets add-iam-policy-binding gs://my-bucket --member=serviceAccount:{own} "
+        "--role=roles/storage.objectUser",
+    )

@@ -37,6 +37,8 @@ def cloud(server: Cloud[Any], monkeypatch: pytest.MonkeyPatch) -> Cloud[Any]:
     # Jobs run a script of the test in place of the trainer.
     monkeypatch.setattr("sdtune.backends.vertex.specs.COMMAND", ("python", "-c"))
     server.vertex.requests.clear()
+    server.vertex.no_more_faults()
+    server.storage.buckets["bkt"] = {}
     return server
 
 
@@ -47,8 +49,9 @@ def backend(**settings: Any) -> VertexBackend:
 
 
 def job(name: str = "dog_lora", seconds: float = 0, exit_code: int = 0) -> JobSpec:
-    args = (SCRIPT.format(seconds, exit_code), "--output=gs://bkt/dog_lora")
-    return replace(JOB, name=name, args=args, machine=cpu_machine(), run_id=f"{name}-{time.monotonic_ns()}")
+    args = (SCRIPT.format(seconds, exit_code), f"--output=gs://bkt/{name}")
+    run_id = f"{name}-{time.monotonic_ns()}"
+    return replace(JOB, name=name, output=f"gs://bkt/{name}", args=args, machine=cpu_machine(), run_id=run_id)
 
 
 def made(cloud: Cloud[Any], name: str) -> list[Any]:
@@ -112,7 +115,7 @@ def test_errors_that_pass_are_waited_for(cloud: Cloud[Any], status: int) -> None
 
 
 def test_errors_that_stay_are_told(cloud: Cloud[Any]) -> None:
-    cloud.vertex.fail("POST", "customJobs$", 503, times=6)
+    cloud.vertex.fail("POST", "customJobs$", 429)
     with pytest.raises(JobError, match="the job cannot be submitted"):
         backend().submit(job("never"))
     assert not made(cloud, "never")

@@ -379,7 +379,8 @@ def test_errors_of_the_job_server_are_borne_too(follower: Follower) -> None:
     follower.server.write(JOB, "there")
     follower.enter(0, "RUNNING")
     follower.enter(10, "SUCCEEDED")
-    told, failures = follower.state, iter([api.ServiceUnavailable("no"), api.RetryError("no", None)])
+    down = api.ServiceUnavailable("no")
+    told, failures = follower.state, iter([down, api.RetryError("no", down)])
 
     def state() -> dict[str, Any]:
         if failure := next(failures, None):

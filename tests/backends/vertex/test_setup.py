@@ -10,6 +10,7 @@ import pytest
 from sdtune.backends.vertex.setup import VertexSetup
 from sdtune.errors import ProjectError
 from sdtune.jobs.placement import Placement
+from tests.backends.vertex.quick import without_waiting
 from tests.servers.build import BucketServer, BuildServer
 
 PLACEMENT = Placement(project="my-project")
@@ -72,6 +73,19 @@ def test_an_api_that_was_just_switched_on_may_need_a_moment(fresh: BuildServer) 
     fresh.fail("GET", "/repositories/sdtune$", 403, times=1, message=text)
     with pytest.raises(ProjectError, match="gcloud services enable"):  # nothing was switched on this time
         outcomes()
+
+
+def test_answers_that_were_lost_make_nothing_fail(
+    fresh: BuildServer, storage: BucketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there the second time was made the first time."""
+    without_waiting(monkeypatch)
+    fresh.cut("POST", ":batchEnable$")
+    fresh.cut("POST", "/repositories$")
+    storage.drop("POST", r"/storage/v1/b\?")
+    _, *created = outcomes()
+    assert [outcome for _, outcome in created] == ["created"] * 8
+    assert (len(fresh.registry.repositories), list(storage.made)) == (1, [BUCKET])
 
 
 def test_what_cannot_be_made_is_told(fresh: BuildServer, storage: BucketServer) -> None:

@@ -62,6 +62,7 @@ def cloud(server: Cloud[Any], monkeypatch: pytest.MonkeyPatch) -> Cloud[Any]:
     monkeypatch.setattr("sdtune.backends.vertex.studies.SOONEST", 0.05)
     monkeypatch.setattr("sdtune.backends.vertex.studies.LATEST", 0.05)
     server.vertex.requests.clear()
+    server.storage.buckets["bkt"] = {}
     return server
 
 

@@ -31,6 +31,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud[Any]]:
     with loopback_cloud(delays={"JOB_STATE_QUEUED": 60.0}) as found:
         for name, value in found.environment.items():
             monkeypatch.setenv(name, value)
+        found.storage.buckets["bkt"] = {}
         yield found
 
 

@@ -18,6 +18,11 @@ from sdtune.jobs.environment import ENVIRONMENT
 from sdtune.jobs.spec import JobSpec
 
 SECONDS_TO_STOP = 15.0
+NEEDED = {
+    "train": ("training", ("torch", "diffusers"), "train"),
+    "notebook": ("running a notebook", ("nbclient", "ipykernel"), "notebook"),
+}
+"""By task: what it is, what it imports, the extra of the package that has it."""
 
 
 class LocalBackend(Places):
@@ -45,10 +50,11 @@ class LocalBackend(Places):
         return "  " + " ".join(shlex.quote(word) for word in [*environment, *rendered["command"]])
 
     def submit(self, job: JobSpec) -> Submitted:
-        if importlib.util.find_spec("torch") is None or importlib.util.find_spec("diffusers") is None:
+        what, needed, extra = NEEDED["notebook" if job.task == "notebook" else "train"]
+        if any(importlib.util.find_spec(name) is None for name in needed):
             raise ProjectError(
-                "training on this machine needs torch and diffusers, which this Python does not have; "
-                "install them with: pip install -e '.[train]' in sdtune's folder"
+                f"{what} on this machine needs {' and '.join(needed)}, which this Python does not have; "
+                f"install them with: pip install -e '.[{extra}]' in sdtune's folder"
             )
         rendered = self.render(job)
         process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from sdtune.backends.local.trial_process import end_orphan
 from sdtune.errors import JobError, RecipeError
 from sdtune.jobs.search_space import Parameter, Parent, SearchSpace, Value
 from sdtune.jobs.study import Measurement, Study, StudyRecord, Trial, TrialState
+from sdtune.methods.base import MORE, RECIPE, recipe_in
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 
@@ -314,7 +314,7 @@ class OptunaStudy:
 
 def recipe_of(study: Study) -> CommonFields:
     """The settings that all trials start from."""
-    return find_method(study.method).from_settings(_recipe(study.job.args))
+    return find_method(study.method).from_settings(recipe_in(study.job.args))
 
 
 def _final(measurements: tuple[Measurement, ...], metric: str, goal: str, measurement: str) -> Measurement | None:
@@ -356,16 +356,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tupl
 
 def _settings(args: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """What the trials are told, setting by setting."""
-    others = [arg.removeprefix("--").partition("=") for arg in args[2:] if not arg.startswith("--recipe=")]
-    return {**_recipe(args), **{name: value or "asked for" for name, _, value in others}}
-
-
-def _recipe(args: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    recipe: dict[str, Any] = {}
-    for arg in args:
-        if arg.startswith("--recipe="):
-            recipe.update(json.loads(arg.removeprefix("--recipe=")))
-    return recipe
+    others = [arg.removeprefix("--").partition("=") for arg in args[2:] if not arg.startswith((RECIPE, MORE))]
+    return {**recipe_in(args), **{name: value or "asked for" for name, _, value in others}}
 
 
 def _time(text: str | None) -> datetime | None:

@@ -47,6 +47,7 @@ class LocalStudies:
 
     def __init__(self) -> None:
         self._submitted: dict[str, _Driver] = {}
+        self._driven: dict[str, _Driver] = {}
 
     def render(self, study: Study) -> dict[str, Any]:
         """The first trial's command; what is tuned follows it."""
@@ -127,7 +128,11 @@ class LocalStudies:
     def follow(self, study_id: str) -> Generator[StudyRecord, None, None]:
         driver = self._submitted.pop(str(Path(study_id)), None)
         if driver is not None:
-            yield from driver.run()
+            self._driven[str(Path(study_id))] = driver
+            try:
+                yield from driver.run()
+            finally:
+                del self._driven[str(Path(study_id))]
             return
         shown: StudyRecord | None = None
         while True:
@@ -144,6 +149,10 @@ class LocalStudies:
         found = self.find(study_id)
         if found.has_ended:
             raise JobError(f"the search in {folder} is not running: {found.state}.")
+        if driver := self._driven.get(str(folder)):
+            # Another thread of this process follows it: a signal would end more than the search.
+            driver.leave()
+            return
         try:
             os.kill(int((folder / LOCK).read_text(encoding="ascii")), signal.SIGTERM)
         except (OSError, ValueError) as error:
@@ -179,7 +188,11 @@ class _Driver:
             raise
         self._running: dict[str, tuple[TrialProcess, dict[str, str]]] = {}
         self._stopping: list[threading.Thread] = []
-        self._said: queue.Queue[Said] = queue.Queue()
+        self._said: queue.Queue[Said | None] = queue.Queue()
+
+    def leave(self) -> None:
+        """Let ``run``, which another thread is in, stop the trials and return; they are left to be run again."""
+        self._said.put(None)
 
     def run(self) -> Generator[StudyRecord, None, None]:
         """Run the trials that are left; the study whenever something changed."""
@@ -200,6 +213,8 @@ class _Driver:
                 if not self._running:
                     break
                 said = self._said.get()
+                if said is None:
+                    return
                 place = self._running[said.trial_id][1]
                 self._hear(said)
                 if said.ended:
@@ -256,8 +271,10 @@ class _Driver:
         # One may have ended by itself in the meantime.
         while not self._said.empty():
             said = self._said.get()
-            if said.trial_id in self._running and (
-                not said.ended or not said.reason or self._kept.is_stopped_early(said.trial_id)
+            if (
+                said
+                and said.trial_id in self._running
+                and (not said.ended or not said.reason or self._kept.is_stopped_early(said.trial_id))
             ):
                 self._hear(said)
         for trial_id in list(self._running):

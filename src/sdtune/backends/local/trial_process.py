@@ -15,7 +15,7 @@ from typing import Any
 
 from sdtune import events
 from sdtune.backends.local.backend import LocalBackend
-from sdtune.errors import INTERRUPTED
+from sdtune.errors import INTERRUPTED, TERMINATED
 from sdtune.jobs.search_space import Value
 from sdtune.jobs.spec import JobSpec
 from sdtune.jobs.study import METRIC_FILE_VARIABLE, TRIAL_VARIABLE, Measurement, Study, trial_folder
@@ -163,7 +163,7 @@ def _is_alive(pid: int, began: str) -> bool:
 
 
 def _unexplained(code: int, last: str) -> str:
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         return "it was stopped from outside."
     how = f"signal {-code} ended it" if code < 0 else f"it ended with exit code {code} and without its result"
     if code == -signal.SIGKILL:

@@ -13,6 +13,12 @@ from sdtune.jobs.findings import Finding
 
 ACT_AS = "iam.serviceAccounts.actAs"
 USER = "roles/iam.serviceAccountUser"
+BROAD = (
+    "roles/owner", "roles/editor", "roles/aiplatform.admin", "roles/storage.admin", "roles/secretmanager.admin",
+    "roles/secretmanager.secretAccessor", "roles/iam.serviceAccountAdmin", "roles/iam.serviceAccountKeyAdmin",
+    "roles/iam.serviceAccountTokenCreator", "roles/iam.serviceAccountUser", "roles/resourcemanager.projectIamAdmin",
+)  # fmt: skip
+"""Roles in a whole project that no job needs. What it needs is in docs/security.md: some buckets, some secrets."""
 
 
 def service_account(project: Project) -> Finding:
@@ -50,6 +56,15 @@ def service_account(project: Project) -> Finding:
 def _in_bucket(project: Project, email: str) -> Finding:
     """Whether the account may write to the bucket, as far as policies tell."""
     address, member = bucket_of(project), f"serviceAccount:{email}"
+    if too_much := _needless(project, member):
+        own = f"sdtune-jobs@{project.id}.iam.gserviceaccount.com"
+        bound = (allow(address, f"serviceAccount:{own}"),) if address else ()
+        return Finding(
+            "warning",
+            f"{email}, which may do more in the project than a job needs: {', '.join(too_much)}",
+            (*_create(own), *bound),
+            note="What a job runs may do all that its account may. These make one for jobs alone: docs/security.md.",
+        )
     if not address:
         return Finding("good", f"{email}, which you may use", note="With --bucket, its rights there are checked too.")
     answers = [may_write(address, member), _may_write_in_project(project, member)]
@@ -64,10 +79,9 @@ def _own_of_vertex(project: Project) -> Finding:
     """Jobs without an account act as a service agent, which may use the buckets of its project, and no others."""
     if not project.number:
         return Finding("unasked", "none given: jobs act as Vertex AI's own")
-    agent = f"service-{project.number}@gcp-sa-aiplatform-cc.iam.gserviceaccount.com"
-    text = f"none given: jobs act as Vertex AI's own, {agent}"
-    member, address = f"serviceAccount:{agent}", bucket_of(project)
-    policy = _policy(project)
+    member, address = member_of_jobs(project), bucket_of(project)
+    text = f"none given: jobs act as Vertex AI's own, {member.partition(':')[2]}"
+    policy = policy_of_project(project)
     if policy is None:
         return Finding("good", text, note="What it may do cannot be seen by you.")
     if holds(policy, member, ("roles/aiplatform.customCodeServiceAgent", *ROLES_OF_WRITERS)):
@@ -83,12 +97,24 @@ def _own_of_vertex(project: Project) -> Finding:
     )
 
 
+def member_of_jobs(project: Project) -> str:
+    """Whom jobs act as, as IAM policies write it."""
+    agent = f"service-{project.number}@gcp-sa-aiplatform-cc.iam.gserviceaccount.com"
+    return f"serviceAccount:{project.placement.service_account or agent}"
+
+
+def _needless(project: Project, member: str) -> list[str]:
+    """Those of the roles in the project that are broad and the account has, as far as its policy may be read."""
+    policy = policy_of_project(project) or {}
+    return [role for role in BROAD if holds(policy, member, (role,))]
+
+
 def _may_write_in_project(project: Project, member: str) -> bool | None:
-    policy = _policy(project)
+    policy = policy_of_project(project)
     return None if policy is None else holds(policy, member, ROLES_OF_WRITERS)
 
 
-def _policy(project: Project) -> Mapping[str, Any] | None:
+def policy_of_project(project: Project) -> Mapping[str, Any] | None:
     """The project's; None where it may not be read."""
     try:
         return project.post(

@@ -21,6 +21,7 @@ from sdtune.methods.places import bucket_and_path, in_bucket
 
 if TYPE_CHECKING:
     from sdtune.backends.uploads import Upload as PlannedUpload
+    from sdtune.backends.vertex.claims import Claim
     from sdtune.backends.vertex.jobs import VertexJobs
 
 
@@ -58,6 +59,7 @@ class VertexBackend(Places):
         super().__init__(offline)
         self.placement = placement
         self._tried = 0
+        self._claim: Claim | None = None
         if not offline:
             # Google's client takes a second to import; so it happens while the dataset is looked at.
             threading.Thread(target=lambda: self._jobs, daemon=True).start()
@@ -82,7 +84,11 @@ class VertexBackend(Places):
     def why_not_written(self, folder: str) -> str | None:
         if in_bucket(folder) is None:
             return "is a folder of this machine, which a job cannot reach; wanted gs://bucket/path"
-        return super().why_not_written(folder)
+        if (reason := super().why_not_written(folder)) or self.offline:
+            return reason
+        from sdtune.backends.vertex.claims import taken_by
+
+        return taken_by(folder)
 
     def render(self, job: JobSpec) -> dict[str, Any]:
         return custom_job(job, self.placement)
@@ -92,6 +98,15 @@ class VertexBackend(Places):
         return text.rstrip()
 
     def submit(self, job: JobSpec) -> Submitted:
+        if job.task == "train":
+            from sdtune.backends.vertex.claims import claim_of, claimed
+
+            claim = claim_of(job.output, self.placement, job.run_id)
+            with claimed(claim, self._claim) as self._claim:
+                return self._submit(job)
+        return self._submit(job)
+
+    def _submit(self, job: JobSpec) -> Submitted:
         while True:
             try:
                 return self._jobs.submit(self.render(job), self.region, job.run_id)

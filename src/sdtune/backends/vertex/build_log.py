@@ -27,6 +27,8 @@ from sdtune.errors import ProjectError
 from sdtune.jobs.builder import StepChange, StepLine
 from sdtune.methods.places import BUCKETS, bucket_and_path
 
+PATIENCE = RETRY.with_timeout(900)
+"""For what goes on meanwhile: a line that is down for a while is no reason to leave it."""
 LAST_LINES = 30
 _ENDS = ("DONE", "ERROR", "CANCELLED", "TIMEOUT")
 _HEADINGS = {"FETCHSOURCE": "source", "BUILD": "", "PUSH": "push", **dict.fromkeys(_ENDS, "")}
@@ -83,7 +85,7 @@ class BuildLog:
             # A new one each time: it would remember the generation that it read first, and ask for that alone.
             blob = self._client.bucket(bucket).blob(name)
             try:
-                data: bytes = blob.download_as_bytes(start=self._at, raw_download=True, checksum=None, retry=RETRY)
+                data: bytes = blob.download_as_bytes(start=self._at, raw_download=True, checksum=None, retry=PATIENCE)
             except absent:
                 return b""
         self._at += len(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -13,8 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from google.api_core import exceptions as api
+from google.auth.exceptions import GoogleAuthError
+from requests import RequestException
 
 from sdtune import events
+from sdtune.backends.connections import SECONDS_PER_CALL
 from sdtune.backends.vertex.build_log import BuildLog
 from sdtune.backends.vertex.build_reasons import Facts, asking, why_failed
 from sdtune.backends.vertex.build_records import (
@@ -29,7 +31,8 @@ from sdtune.backends.vertex.build_records import (
     submitted,
 )
 from sdtune.backends.vertex.build_specs import as_file, build_request, source_address
-from sdtune.backends.vertex.google import RETRY, SECONDS_PER_CALL, Session, address_of, credentials_for, passes
+from sdtune.backends.vertex.google import RETRY, Session, message_of, rest_client
+from sdtune.backends.vertex.once import make_once
 from sdtune.errors import JobError, ProjectError
 from sdtune.jobs.backend import StateChange, Submitted, Upload
 from sdtune.jobs.builder import ENDED, BuildEnd, BuildNews, ImageRecord, StepChange, StepLine
@@ -39,11 +42,10 @@ from sdtune.jobs.placement import Placement
 from sdtune.jobs.spec import new_run_id
 from sdtune.methods.places import bucket_and_path
 
-ATTEMPTS = 6
 SECONDS_BETWEEN_POLLS = 2.0
 """A build is asked for its state and its log; a project may ask 300 times a minute."""
 PATIENCE = RETRY.with_timeout(900)
-"""For a build that goes on meanwhile: a line that is down for a while is no reason to leave it."""
+"""As in build_log.py, for its state."""
 DRAIN = 3
 """Polls in which the end of a log is awaited, once its build has ended."""
 
@@ -53,7 +55,7 @@ class BuildsClient:
 
     def create(self, parent: str, build: Mapping[str, Any]) -> dict[str, Any]:
         """Begin a build, by one request: whether to ask again is for the caller to say."""
-        made = self._module.Build.from_json(json.dumps(build))
+        made = message_of(self._module.Build, build)
         # The request's project_id would lead to the address without a region.
         request = self._module.CreateBuildRequest(parent=parent, build=made)
         operation = self._client.create_build(request=request, timeout=SECONDS_PER_CALL, retry=None)
@@ -77,7 +79,7 @@ class BuildsClient:
     def default_account(self, parent: str) -> str:
         """The account that builds act as unless they name another one."""
         request = self._module.GetDefaultServiceAccountRequest(name=f"{parent}/defaultServiceAccount")
-        found = self._client.get_default_service_account(request=request, timeout=SECONDS_PER_CALL, retry=None)
+        found = self._client.get_default_service_account(request=request, timeout=SECONDS_PER_CALL, retry=RETRY)
         account: str = found.service_account_email
         return account.rpartition("/")[2]
 
@@ -89,11 +91,7 @@ class BuildsClient:
 
     @cached_property
     def _client(self) -> Any:
-        return self._module.CloudBuildClient(
-            transport="rest",
-            credentials=credentials_for("cloudbuild"),
-            client_options={"api_endpoint": address_of("cloudbuild").rstrip("/").removeprefix("https://")},
-        )
+        return rest_client(self._module.CloudBuildClient, "cloudbuild")
 
     def _dict(self, build: Any) -> dict[str, Any]:
         found: dict[str, Any] = type(build).to_dict(
@@ -186,9 +184,18 @@ class VertexBuilder:
                     query = {"updateMask": "version"}
                     self._session.call("artifactregistry", "PATCH", f"{package}/tags/{tag}", body, query=query)
                 else:
-                    self._session.call("artifactregistry", "POST", f"{package}/tags", body, query={"tagId": tag})
+                    self._set_tag(package, body, tag)
             moved.append(tag)
         return tuple(moved)
+
+    def _set_tag(self, package: str, body: Mapping[str, Any], tag: str) -> None:
+        try:
+            self._session.call("artifactregistry", "POST", f"{package}/tags", body, query={"tagId": tag})
+        except api.Conflict:
+            # By a first request, whose answer was lost, or by somebody else for another image.
+            there = self._session.call("artifactregistry", "GET", f"{package}/tags/{tag}")
+            if there.get("version") != body["version"]:
+                raise
 
     def images(self) -> Iterator[ImageRecord]:
         found: list[ImageRecord] = []
@@ -258,23 +265,20 @@ class VertexBuilder:
         run = f"run-{new_run_id()}"
         request = {**rendered, "tags": [*rendered["tags"], run]}
         facts = self._facts(rendered)
-        for attempt in range(ATTEMPTS):
-            try:
-                return submitted(self._client.create(parent, request), self.region)
-            except Exception as error:
-                if not passes(error):
-                    with asking("the build cannot be started", facts):
-                        raise
-                # The request may have arrived although its answer did not: the tag tells.
-                with asking("the build cannot be looked for", facts):
-                    made = next(self._client.list(parent, f'tags="{run}"'), None)
-                if made:
-                    return submitted(made, self.region)
-                if attempt == ATTEMPTS - 1:
-                    with asking("the build cannot be started", facts):
-                        raise
-                self._pause(min(2.0**attempt, 15.0))
-        raise AssertionError("the last attempt returns or raises")
+
+        def listed() -> Iterator[Submitted]:
+            with asking("the build cannot be looked for", facts):
+                yield from (submitted(build, self.region) for build in self._client.list(parent, f'tags="{run}"'))
+
+        return make_once(
+            lambda: submitted(self._client.create(parent, request), self.region),
+            listed,
+            lambda made: self.cancel(made.job_id),
+            f"gcloud builds list --region={self.region} --filter=tags={run} --project={self.placement.project} tells, "
+            "and sdtune build --cancel ID ends it.",
+            lambda: asking("the build cannot be started", facts),
+            self._pause,
+        )
 
     def full_name(self, build: str) -> str:
         if build.startswith("projects/"):
@@ -286,7 +290,12 @@ class VertexBuilder:
         if state_of(build) in ENDED:
             raise JobError(f"build {build['id']} has ended already ({state_of(build)}); there is nothing to cancel.")
         with self._asking("the build cannot be cancelled"):
-            self._client.cancel(build_id)
+            try:
+                self._client.cancel(build_id)
+            except api.BadRequest:
+                # So says the service, too, where the answer to a first request was lost.
+                if state_of(self._get(build_id)) != "cancelled":
+                    raise
 
     def follow(self, build_id: str) -> Iterator[BuildNews]:
         build = self._get(build_id)
@@ -368,7 +377,7 @@ class VertexBuilder:
         """What a build acts as that names no account; empty if it cannot be known."""
         try:
             return self._client.default_account(f"projects/{self.placement.project}/locations/{self.region}")
-        except api.GoogleAPIError:
+        except (api.GoogleAPIError, GoogleAuthError, RequestException):
             return ""
 
     def _get(self, build_id: str) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from google.api_core import exceptions as api
 from google.auth.exceptions import GoogleAuthError
 from requests import RequestException
 
-from sdtune.backends.vertex import account_checks, bucket_checks, image_checks, network_checks, project_checks
+from sdtune.backends.vertex import (
+    account_checks,
+    bucket_checks,
+    image_checks,
+    network_checks,
+    project_checks,
+    secret_checks,
+)
 from sdtune.backends.vertex.asking import Project, not_answered
 from sdtune.backends.vertex.quota_checks import gpu_quota
 from sdtune.errors import SdtuneError
@@ -39,6 +46,7 @@ def vertex_checks(placement: Placement) -> list[Check]:
         ("registry", image_checks.registry, first),
         ("image", image_checks.image, (*first, "registry")),
         ("service account", account_checks.service_account, first),
+        ("secrets", secret_checks.secrets, first),
         ("network", network_checks.network, first),
         ("NFS shares", network_checks.shares, first),
         ("GPU quota", partial(gpu_quota, machine=machine), first),

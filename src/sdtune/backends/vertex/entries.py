@@ -62,7 +62,7 @@ class EntryReader:
         """The lines in ``entry``, at least one."""
         replica = replica_of(entry)
         time = datetime.fromisoformat(entry["timestamp"])
-        severity = entry.get("severity", "DEFAULT")
+        severity = str(entry.get("severity", "DEFAULT"))
         if not replica:
             said = _SERVICE.get(severity, "info")
             return [LogLine(text, said, time) for text in texts_of(entry)]
@@ -99,16 +99,21 @@ def grade(text: str) -> str:
 
 def replica_of(entry: Entry) -> str:
     """The replica that wrote ``entry``, such as ``workerpool0-0``; empty for messages of Vertex AI itself."""
-    attrs = entry.get("jsonPayload", {}).get("attrs")
-    tag = attrs.get("tag") if isinstance(attrs, dict) else None
-    task = tag or entry.get("resource", {}).get("labels", {}).get("task_name", "")
+    task = _at(entry, "jsonPayload", "attrs", "tag") or _at(entry, "resource", "labels", "task_name")
     return task if isinstance(task, str) and _REPLICA.fullmatch(task) else ""
+
+
+def _at(value: Any, *names: str) -> Any:
+    """What is there under these names; None where it is none of our kind. Programs print JSON of any shape."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def texts_of(entry: Entry) -> list[str]:
     """What ``entry`` says, line by line, at least one. Of a progress bar that was redrawn, its last state."""
     payload = entry.get("jsonPayload")
-    message = payload.get("message", payload) if payload else entry.get("textPayload", "")
+    message = payload.get("message", payload) if isinstance(payload, dict) and payload else entry.get("textPayload", "")
     text = message if isinstance(message, str) else json.dumps(message)
     return [_last_drawn(line) if "\r" in line else line for line in text.removesuffix("\n").split("\n")]
 

@@ -11,23 +11,19 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from google.api_core import exceptions as api
-from google.api_core.retry import Retry, if_transient_error
+from google.api_core.retry import Retry
 from google.auth.credentials import AnonymousCredentials
+from google.protobuf.json_format import ParseError
 
+from sdtune.backends.connections import SECONDS_PER_CALL, make_timely
+from sdtune.backends.connections import passes as passes
 from sdtune.backends.endpoints import override, takes_credentials
-from sdtune.errors import ProjectError
+from sdtune.errors import ProjectError, RecipeError
 
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
-SECONDS_PER_CALL = 60.0
-
-
-def passes(error: BaseException) -> bool:
-    """Whether what was refused may be asked again: a cut connection, 429, 500, 502, 503, 504."""
-    return if_transient_error(error) or isinstance(error, api.BadGateway | api.GatewayTimeout)
-
-
-RETRY = Retry(predicate=passes, initial=1.0, maximum=15.0, multiplier=2.0, timeout=60.0)
-"""For calls that may be made twice: for a minute, since someone is sitting in front of it."""
+RETRY = Retry(predicate=passes, initial=1.0, maximum=15.0, multiplier=2.0, timeout=90.0)
+"""For calls that may be made twice: longer than the minute by which quotas are counted, and no longer, since someone is
+sitting in front of it."""
 
 
 @lru_cache(maxsize=1)
@@ -58,6 +54,25 @@ def address_of(service: str, region: str = "") -> str:
     return override(service) or f"https://{prefix}{service}.googleapis.com/"
 
 
+def rest_client(kind: Any, service: str, region: str = "") -> Any:
+    """One of Google's clients, which asks where and as whom the environment says."""
+    client = kind(
+        transport="rest",
+        credentials=credentials_for(service),
+        client_options={"api_endpoint": address_of(service, region).rstrip("/").removeprefix("https://")},
+    )
+    make_timely(client.transport._session)
+    return client
+
+
+def message_of(kind: Any, content: Mapping[str, Any]) -> Any:
+    """``content`` as one of the library's messages. RecipeError: it has a value that the library does not know."""
+    try:
+        return kind.from_json(json.dumps(content))
+    except ParseError as error:
+        raise RecipeError(f"Google's client library does not know what is asked for: {error}") from None
+
+
 class JobsClient:
     """Custom jobs of Vertex AI, as JSON in and out."""
 
@@ -66,8 +81,7 @@ class JobsClient:
 
     def create(self, parent: str, job: Mapping[str, Any]) -> dict[str, Any]:
         """Make a job, by one request: whether to ask again is for the caller to say."""
-        types = self._module.types
-        made = types.CustomJob.from_json(json.dumps(job))
+        made = message_of(self._module.types.CustomJob, job)
         return self._dict(self._client(parent).create_custom_job(parent=parent, custom_job=made, **_once()))
 
     def get(self, name: str) -> dict[str, Any]:
@@ -93,11 +107,7 @@ class JobsClient:
     def _client(self, name: str) -> Any:
         region = name.split("/")[3]
         if region not in self._clients:
-            self._clients[region] = self._module.JobServiceClient(
-                transport="rest",
-                credentials=credentials_for("aiplatform"),
-                client_options={"api_endpoint": address_of("aiplatform", region).rstrip("/").removeprefix("https://")},
-            )
+            self._clients[region] = rest_client(self._module.JobServiceClient, "aiplatform", region)
         return self._clients[region]
 
     def _dict(self, job: Any) -> dict[str, Any]:
@@ -115,7 +125,7 @@ class StudiesClient(JobsClient):
 
     def create(self, parent: str, job: Mapping[str, Any]) -> dict[str, Any]:
         """Make a study, by one request: whether to ask again is for the caller to say."""
-        made = self._module.types.HyperparameterTuningJob.from_json(json.dumps(job))
+        made = message_of(self._module.types.HyperparameterTuningJob, job)
         create = self._client(parent).create_hyperparameter_tuning_job
         return self._dict(create(parent=parent, hyperparameter_tuning_job=made, **_once()))
 
@@ -170,7 +180,7 @@ class Session:
 
         known = takes_credentials(override(service))
         if known not in self._sessions:
-            self._sessions[known] = AuthorizedSession(credentials_for(service))
+            self._sessions[known] = make_timely(AuthorizedSession(credentials_for(service)))
         return self._sessions[known]
 
 

@@ -7,6 +7,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from google.api_core import exceptions as api
+
 from sdtune.backends.vertex.google import JobsClient, Session
 from sdtune.backends.vertex.logs import read_logs
 from sdtune.backends.vertex.reasons import translate
@@ -17,6 +19,7 @@ from sdtune.errors import JobError
 from sdtune.jobs.archive import JobRecord
 from sdtune.jobs.backend import JobEnd, LogLine, StateChange, Submitted
 from sdtune.jobs.placement import Placement
+from sdtune.jobs.spec import RUN_ID
 
 
 class VertexJobs:
@@ -32,13 +35,15 @@ class VertexJobs:
 
         CapacityError: the region has no quota for it. JobError, ProjectError: it is refused, and why.
         """
-        made = self._regions.make_once(
+        named = f"{run_id} --region {region}"
+        return self._regions.make_once(
             "the job cannot be submitted",
             region,
-            lambda: record_of(self._client.create(self._regions.parent(region), job)),
-            lambda: next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None),
+            f"sdtune jobs show {named} tells, and sdtune jobs cancel {named} ends it.",
+            lambda: _submitted(record_of(self._client.create(self._regions.parent(region), job))),
+            lambda: map(_submitted, self._listed(region, f"labels.{RUN_LABEL}={run_id}")),
+            lambda made: self.cancel(made.job_id),
         )
-        return Submitted(made.job_id, made.number, made.region, made.url)
 
     def jobs(self, *, state: str | None = None, method: str | None = None) -> Iterator[JobRecord]:
         """See JobArchive."""
@@ -53,17 +58,24 @@ class VertexJobs:
         regions = str(self._regions)
         if job.startswith("projects/"):
             return record_of(self.describe(job))
+        if RUN_ID.fullmatch(job) and (found := next(self._of_run(job), None)):
+            return found
         if job.isdigit():
-            found = self._regions.first("the job cannot be looked at", "customJobs", job, self._client.get)
-            if found is None:
+            numbered = self._regions.first("the job cannot be looked at", "customJobs", job, self._client.get)
+            if numbered is None:
                 raise JobError(
                     f"there is no job {job} in {regions}; sdtune jobs list shows all, and --region says where else to "
                     "look."
                 )
-            return record_of(found)
+            return record_of(numbered)
         if named := next((record for record in self.jobs() if job in (record.name, record.run_id)), None):
             return named
         raise JobError(f"no job of sdtune is called {job!r} in {regions}; sdtune jobs list shows them.")
+
+    def _of_run(self, run_id: str) -> Iterator[JobRecord]:
+        """The jobs that carry a run's label, in all regions."""
+        for region in self._regions.placement.region:
+            yield from self._listed(region, f"labels.{RUN_LABEL}={run_id}")
 
     def describe(self, job_id: str) -> dict[str, Any]:
         """See JobArchive."""
@@ -108,8 +120,17 @@ class VertexJobs:
         if found.has_ended:
             raise JobError(f"job {found.number} has ended already ({found.state}); there is nothing to cancel.")
         with self._regions.asking("the job cannot be cancelled", job_id):
-            self._client.cancel(job_id)
+            try:
+                self._client.cancel(job_id)
+            except api.BadRequest:
+                # So says the service, too, where the answer to a first request was lost.
+                if record_of(self.describe(job_id)).state not in ("cancelling", "cancelled"):
+                    raise
 
     def _listed(self, region: str, text: str) -> Iterator[JobRecord]:
         ask = partial(self._client.list, text=text)
         return map(record_of, self._regions.listed("jobs cannot be listed", region, ask))
+
+
+def _submitted(job: JobRecord) -> Submitted:
+    return Submitted(job.job_id, job.number, job.region, job.url)

@@ -14,9 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 from google.api_core import exceptions as api
-from google.auth.exceptions import TransportError
-from requests.exceptions import RequestException
 
+from sdtune.backends.connections import cause_of, passes, retry_after
 from sdtune.backends.vertex.entries import Entry, EntryReader
 from sdtune.backends.vertex.records import state_of
 from sdtune.jobs.backend import LogLine, StateChange
@@ -56,9 +55,8 @@ WHILE_SILENT, WHILE_DRAINING = 15.0, 3.0
 YOUNG = 1200.0
 """Seconds in a state for which the first line is awaited as if it could come at any moment."""
 
-PASSING = (api.TooManyRequests, api.ServerError, api.RetryError, RequestException, TransportError)
-"""Errors after which the same question may be asked again."""
 ATTEMPTS = 20
+"""To ask one question, a quarter of an hour in all."""
 LONGEST_WAIT = 60.0
 
 
@@ -325,15 +323,11 @@ def _asked(call: Callable[[], Answer], clock: Clock) -> Answer:
     for attempt in range(ATTEMPTS - 1):
         try:
             return call()
-        except PASSING as error:
-            clock.sleep(max(min(2.0**attempt, LONGEST_WAIT), _retry_after(error)))
+        except Exception as error:
+            if not passes(cause_of(error)):
+                raise
+            clock.sleep(max(min(2.0**attempt, LONGEST_WAIT), retry_after(error)))
     return call()
-
-
-def _retry_after(error: Exception) -> float:
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    said = headers.get("Retry-After", "")
-    return min(float(said), 10 * LONGEST_WAIT) if said.isdecimal() else 0.0
 
 
 def _change(job: Mapping[str, Any]) -> StateChange:

@@ -12,6 +12,6 @@ def job_url(job_id: str) -> str:
     return f"{CONSOLE}/agent-platform/locations/{region}/training/{number}?project={project}"
 
 
-def quota_url(project: str) -> str:
+def quota_url(project: str, service: str = "aiplatform") -> str:
     """The page where more of a quota is asked for."""
-    return f"{CONSOLE}/iam-admin/quotas?project={project}&service=aiplatform.googleapis.com"
+    return f"{CONSOLE}/iam-admin/quotas?project={project}&service={service}.googleapis.com"

@@ -17,11 +17,13 @@ from sdtune.backends.vertex.google import SCOPE, default_credentials
 from sdtune.errors import ProjectError
 from sdtune.jobs.findings import Finding
 from sdtune.jobs.placement import Placement
+from sdtune.methods.passwords import without_passwords
 
 LOGIN = "gcloud auth application-default login"
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 ASKED = (
     "cloudresourcemanager", "cloudbilling", "serviceusage", "iam", "compute", "artifactregistry", "file", "storage",
+    "secretmanager",
 )  # fmt: skip
 """The services that checks ask."""
 
@@ -68,7 +70,9 @@ def _login() -> tuple[str, ...]:
 def _refresh(found: Any) -> None:
     from google.auth.transport.requests import Request
 
-    found.refresh(Request())
+    request = Request()
+    without_passwords(request.session)
+    found.refresh(request)
 
 
 def _who(found: Any) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from google.api_core import exceptions as api
 
+from sdtune.backends.connections import cause_of, said_by
 from sdtune.backends.vertex.names import quota_url
 from sdtune.errors import JobError, ProjectError, SdtuneError
 
@@ -156,25 +157,27 @@ def _found_errors(text: str) -> str:
 @contextmanager
 def explained(what: str, place: Place) -> Iterator[None]:
     """Google's exceptions as sdtune's. what: was being done, for the message."""
-    from google.auth.exceptions import GoogleAuthError, RefreshError
+    from google.auth.exceptions import GoogleAuthError
+    from google.protobuf.json_format import ParseError
     from requests import RequestException
 
     try:
         yield
-    except RefreshError as error:
-        raise ProjectError(
-            f"the Google Cloud credentials are no longer taken ({error}); renew them with: "
-            "gcloud auth application-default login"
-        ) from None
-    except (api.GoogleAPIError, GoogleAuthError, RequestException) as error:
+    except (api.GoogleAPIError, GoogleAuthError, RequestException, ParseError) as error:
         raise error_of(error, what, place) from None
 
 
 def error_of(error: Any, what: str, place: Place) -> SdtuneError:
     """The error to raise for one of Google's."""
-    message = str(getattr(error, "message", "") or error)
-    reason = translate(message, place)
-    text = f"{what}: {reason.text}"
+    from google.auth.exceptions import RefreshError
+
+    error = cause_of(error)
+    if isinstance(error, RefreshError) and not error.retryable:
+        return ProjectError(
+            f"the Google Cloud credentials are no longer taken ({error}); renew them with: "
+            "gcloud auth application-default login"
+        )
+    text = f"{what}: {translate(said_by(error), place).text}"
     if isinstance(error, api.Unauthorized):
         return ProjectError(f"{text} Log in with: gcloud auth application-default login")
     # What the project lacks; all else is the job's.

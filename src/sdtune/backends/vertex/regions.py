@@ -4,18 +4,18 @@ what is made is made once."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from google.api_core import exceptions as api
 
-from sdtune.backends.vertex.google import passes
-from sdtune.backends.vertex.reasons import Place, error_of, explained, translate
+from sdtune.backends.vertex.once import make_once
+from sdtune.backends.vertex.reasons import Place, explained, translate
 from sdtune.errors import CapacityError
+from sdtune.jobs.backend import Submitted
 from sdtune.jobs.placement import Placement
 
-ATTEMPTS = 6
 Made = TypeVar("Made")
 
 
@@ -63,26 +63,29 @@ class Regions:
                     continue
         return None
 
-    def make_once(self, what: str, region: str, create: Callable[[], Made], find: Callable[[], Made | None]) -> Made:
-        """What ``create`` makes. After an error that passes, ``find`` tells whether it was made all the same.
+    def make_once(
+        self,
+        what: str,
+        region: str,
+        look: str,
+        create: Callable[[], Submitted],
+        find: Callable[[], Iterable[Submitted]],
+        drop: Callable[[Submitted], None],
+    ) -> Submitted:
+        """See once.make_once. what: cannot be done.
 
         CapacityError: the region has no quota for it. JobError, ProjectError: it is refused, and why.
         """
         place = self.place(region)
-        for attempt in range(ATTEMPTS):
+
+        def ask() -> Submitted:
             try:
                 return create()
-            except Exception as error:
-                reason = translate(str(getattr(error, "message", error)), place)
+            except api.GoogleAPICallError as error:
+                reason = translate(str(error.message), place)
                 if reason.no_capacity:
+                    # Nor will it have any in a minute.
                     raise CapacityError(f"{what}: {reason.text}") from None
-                if not passes(error):
-                    with explained(what, place):
-                        raise
-                # The request may have arrived although its answer did not.
-                if (made := find()) is not None:
-                    return made
-                if attempt == ATTEMPTS - 1:
-                    raise error_of(error, what, place) from None
-                time.sleep(min(2.0**attempt, 15.0))
-        raise AssertionError("the last attempt returns or raises")
+                raise
+
+        return make_once(ask, find, drop, look, lambda: explained(what, place), time.sleep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from google.api_core import exceptions as api
@@ -99,7 +99,13 @@ class VertexSetup:
         body = {"format": "DOCKER", "description": "Images that sdtune's jobs run in", "labels": {"sdtune": ""}}
         what = "the repository cannot be made"
         with self._asking(what):
-            operation = self._session.call("artifactregistry", "POST", parent, body, query={"repositoryId": name})
+            try:
+                operation = self._session.call("artifactregistry", "POST", parent, body, query={"repositoryId": name})
+            except api.Conflict:
+                # By a first request, whose answer was lost: it is made when it can be looked at.
+                operation = {"done": self._present(f"{parent}/{name}") is not None}
+                if not operation["done"]:
+                    raise
         self._finish("artifactregistry", operation, what)
         yield Provisioned(resource, "created")
 
@@ -142,6 +148,11 @@ class VertexSetup:
             with explained(address, "roles/storage.admin", let_through=(api.Conflict,)):
                 client.create_bucket(bucket, location=self.region, retry=RETRY)
         except api.Conflict:
+            # By a first request, whose answer was lost? A moment ago there was none that can be seen.
+            with explained(address, let_through=(api.Forbidden,)), suppress(api.Forbidden):
+                if client.bucket(name).exists(retry=RETRY):
+                    yield Provisioned(resource, "created")
+                    return
             raise ProjectError(
                 f"the name {name} is taken by somebody's bucket: names are one for all of Google Cloud. Name another "
                 "one: --bucket"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import yaml
@@ -15,6 +16,7 @@ from requests import RequestException
 
 from sdtune import events
 from sdtune.backends.vertex.asking import Project, first_line
+from sdtune.backends.vertex.claims import claim_of, claimed
 from sdtune.backends.vertex.google import StudiesClient
 from sdtune.backends.vertex.quota_checks import gpu_quota
 from sdtune.backends.vertex.reasons import translate
@@ -24,6 +26,7 @@ from sdtune.backends.vertex.study_specs import COLLECTION, study_record, tuning_
 from sdtune.errors import CapacityError, JobError, RecipeError, SdtuneError
 from sdtune.jobs.backend import Submitted
 from sdtune.jobs.placement import Placement
+from sdtune.jobs.spec import RUN_ID
 from sdtune.jobs.study import Study, StudyRecord
 
 SOONEST, LATEST = 1.0, 15.0
@@ -75,6 +78,11 @@ class VertexStudies:
 
     def submit(self, study: Study) -> Submitted:
         """See StudyBackend: in the first region that has capacity. JobError, ProjectError: it is refused, and why."""
+        claim = claim_of(study.output, self.placement, study.job.run_id, COLLECTION)
+        with claimed(claim):
+            return self._submit_somewhere(study)
+
+    def _submit_somewhere(self, study: Study) -> Submitted:
         rendered = self.render(study)
         *others, last = self.placement.region
         for region in others:
@@ -89,6 +97,8 @@ class VertexStudies:
         regions = str(self._regions)
         if study.startswith("projects/"):
             return self._get(study)
+        if RUN_ID.fullmatch(study) and (found := self._of_run(study)):
+            return self._get(found.study_id)
         if study.isdigit():
             job = self._regions.first("the study cannot be looked at", COLLECTION, study, self._client.get)
             if job is None:
@@ -98,6 +108,11 @@ class VertexStudies:
         if found := next((one for one in self.studies() if wanted in (one.name, one.output)), None):
             return self._get(found.study_id)
         raise JobError(f"no study of sdtune is called {study!r} in {regions}; --region says where else to look.")
+
+    def _of_run(self, run_id: str) -> StudyRecord | None:
+        """What carries a submission's label, in any of the regions."""
+        found = (self._listed(region, f"labels.{RUN_LABEL}={run_id}") for region in self.placement.region)
+        return next(chain.from_iterable(found), None)
 
     def studies(self) -> Iterator[StudyRecord]:
         """See StudyArchive."""
@@ -124,17 +139,24 @@ class VertexStudies:
         if found.has_ended:
             raise JobError(f"study {found.number} has ended already ({found.state}); there is nothing to cancel.")
         with self._regions.asking("the study cannot be cancelled", study_id):
-            self._client.cancel(study_id)
+            try:
+                self._client.cancel(study_id)
+            except api.BadRequest:
+                # So says the service, too, where the answer to a first request was lost.
+                if self._get(study_id).state not in ("cancelling", "cancelled"):
+                    raise
 
     def _submit(self, rendered: dict[str, Any], region: str, run_id: str) -> Submitted:
         """Make the study in ``region``, once, whatever becomes of an answer."""
-        made = self._regions.make_once(
+        named = f"{run_id} --region {region}"
+        return self._regions.make_once(
             "the study cannot be submitted",
             region,
-            lambda: study_record(self._client.create(self._regions.parent(region), rendered)),
-            lambda: next(self._listed(region, f"labels.{RUN_LABEL}={run_id}"), None),
+            f"sdtune hpo status {named} tells, and sdtune hpo cancel {named} ends it.",
+            lambda: _submitted(study_record(self._client.create(self._regions.parent(region), rendered))),
+            lambda: map(_submitted, self._listed(region, f"labels.{RUN_LABEL}={run_id}")),
+            lambda made: self.cancel(made.job_id),
         )
-        return Submitted(made.study_id, made.number, made.region, made.url)
 
     def _get(self, study_id: str) -> StudyRecord:
         with self._regions.asking("the study cannot be looked at", study_id):
@@ -158,3 +180,7 @@ class VertexStudies:
     def _listed(self, region: str, text: str) -> Iterator[StudyRecord]:
         ask = partial(self._client.list, text=text)
         return map(study_record, self._regions.listed("studies cannot be listed", region, ask))
+
+
+def _submitted(study: StudyRecord) -> Submitted:
+    return Submitted(study.study_id, study.number, study.region, study.url)
