@@ -72,7 +72,8 @@ def arguments(tmp_path: Path, dataset: Path, output: str = "my cat", **settings:
         model(base)
     settings = {"base_model": str(base), "max_train_steps": 5, "num_samples": 2, "sample_every": 3, **settings}
     method = KohyaDreamBoothLora.from_settings(settings)
-    return list(plan_training(method, str(dataset), str(tmp_path / output)).args)
+    # Each run anew: a finished one would only say so.
+    return list(plan_training(method, str(dataset), str(tmp_path / output), overwrite=True).args)
 
 
 def test_a_run_leaves_everything_it_promises(train: Train, tmp_path: Path) -> None:
@@ -168,13 +169,27 @@ def test_a_constant_that_sd_scripts_does_not_have_is_an_error() -> None:
 
 
 def test_the_same_settings_give_the_same_files(train: Train, tmp_path: Path) -> None:
-    first, second = (
-        {path.name: path.read_bytes() for path in (tmp_path / "my cat").glob("*.safetensors")}
-        for code, _, printed in (train(), train())
-        if code == 0 or pytest.fail(printed)
-    )
-    assert sorted(first) == ["my cat.safetensors", "pytorch_lora_weights.safetensors"]
-    assert first == second
+    made = []
+    for _ in range(2):
+        code, _, printed = train()
+        assert code == 0, printed
+        made.append({path.name: path.read_bytes() for path in (tmp_path / "my cat").glob("*.safetensors")})
+    assert sorted(made[0]) == ["my cat.safetensors", "pytorch_lora_weights.safetensors"]
+    assert made[0] == made[1]
+
+
+def test_a_finished_run_says_so_and_one_that_was_stopped_begins_anew(
+    train: Train, tmp_path: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train()[0] == 0
+    words = [word for word in arguments(tmp_path, dataset) if not word.startswith("--overwrite=")]
+    before = (tmp_path / "my cat" / "my cat.safetensors").stat().st_mtime_ns
+    assert main(words) == 0
+    assert "holds this run already, and it has finished" in capsys.readouterr().out
+    assert (tmp_path / "my cat" / "my cat.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "my cat" / "recipe.yaml").unlink()
+    assert main(words) == 0
+    assert '"event": "phase", "name": "train"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -210,7 +225,7 @@ def test_a_stopped_run_stops_sd_scripts(tmp_path: Path, dataset: Path) -> None:
             break
     process.send_signal(signal.SIGTERM)
     process.stdout.read()  # ends when the last process that writes to it has ended
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=30) == 143
     assert not list(tmp_path.glob("sdtune-kohya-*"))
     assert {path.name for path in (tmp_path / "my cat").iterdir()} == {"logs", ".sdtune"}
 

@@ -7,7 +7,7 @@ arguments of the container and the space that a hyperparameter search may draw f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -23,6 +23,12 @@ HELD_OUT_LOSS = "held_out_loss"
 """The metric that all methods report: the loss on fixed noise, timesteps and pictures."""
 AVERAGE_LOSS = "avr_loss"
 """What kohya's own trainer averages over the steps so far."""
+RECIPE, MORE = "--recipe=", "--recipe-more="
+"""How the arguments begin that carry the settings: the first, and those that it goes on in where it is long."""
+LONGEST_ARGUMENT = 100_000
+"""Characters. Linux starts no program with an argument of 131,072 bytes; a prompt may have 10,000 emoji, 12 each."""
+LONGEST_RECIPE = 1_000_000
+"""All arguments and the environment of a program have 2 MB together."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,20 @@ class Method(Settings):
         return f"sdtune train {cls.name} --help"
 
     def to_args(self) -> list[str]:
-        """The settings as the one argument that the training entry point reads.
+        """The settings as the argument that the training entry point reads; several where it would be too long.
 
         One JSON value and not a flag per field: a prompt such as ``1``, ``null`` or ``--help`` arrives as it is. So do
         ``$(HOME)`` and ``$$``, which containers' arguments are searched for: JSON has another way to write ``$``.
+        RecipeError: no program could be started with so much.
         """
-        return ["--recipe=" + json.dumps(self.settings()).replace("$", "\\u0024")]
+        text = json.dumps(self.settings()).replace("$", "\\u0024")
+        if len(text) > LONGEST_RECIPE:
+            raise RecipeError(
+                f"{self.name}: the settings take {len(text):,} characters as arguments of the training process, which "
+                f"can have {LONGEST_RECIPE:,}; shorten the prompts or give fewer."
+            )
+        first, *others = (text[start : start + LONGEST_ARGUMENT] for start in range(0, len(text), LONGEST_ARGUMENT))
+        return [RECIPE + first, *(MORE + other for other in others)]
 
     @classmethod
     def from_args(cls, args: Sequence[str]) -> Self:
@@ -71,21 +85,44 @@ class Method(Settings):
         A hyperparameter search appends ``--<field>=<value>`` per tuned field after our own arguments: the later wins.
         """
         settings: dict[str, Any] = {}
-        for arg in args:
+        for arg in _whole(args):
             option, equals, value = arg.partition("=")
             if not option.startswith("--") or not equals:
-                raise RecipeError(f"argument {arg!r}: wanted --recipe=JSON or --<setting>=<value>")
-            if option == "--recipe":
+                raise RecipeError(f"argument {_shortened(arg)!r}: wanted --recipe=JSON or --<setting>=<value>")
+            if arg.startswith(RECIPE):
                 settings.update(_recipe_object(value))
             else:
                 settings[option.removeprefix("--").replace("-", "_")] = value
         return cls.from_settings(settings)
 
 
+def recipe_in(args: Sequence[str]) -> dict[str, Any]:
+    """The settings among arguments that ``to_args`` made, which may have others beside them."""
+    recipe: dict[str, Any] = {}
+    for arg in _whole(arg for arg in args if arg.startswith((RECIPE, MORE))):
+        recipe.update(_recipe_object(arg.partition("=")[2]))
+    return recipe
+
+
+def _whole(args: Iterable[str]) -> list[str]:
+    """``args`` with what was cut put together."""
+    whole: list[str] = []
+    for arg in args:
+        if arg.startswith(MORE) and whole and whole[-1].startswith(RECIPE):
+            whole[-1] += arg.removeprefix(MORE)
+        else:
+            whole.append(arg)
+    return whole
+
+
+def _shortened(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def _recipe_object(text: str) -> dict[str, Any]:
     try:
         recipe = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"--recipe is not JSON: {error}") from None
     if not isinstance(recipe, dict):
         raise RecipeError(f"--recipe: found {type(recipe).__name__}, wanted a JSON object of settings")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdtune.errors import RecipeError
 from sdtune.methods.buckets import STEP, bucket_step
-from sdtune.methods.places import BUCKETS
+from sdtune.methods.places import BUCKETS, in_bucket
 from sdtune.methods.places import MOUNT as MOUNT
 
 CHECKPOINTS = (".safetensors", ".ckpt")
@@ -31,13 +31,16 @@ request 2363, huggingface/diffusers issue 12874.
 """
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_IN_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?")
 
 WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 WITHOUT_WEIGHTS = ("feature_extractor", "scheduler", "tokenizer", "tokenizer_2")
 """Parts of a pipeline. The feature extractor is not trained with, but sd-scripts opens what model_index.json names."""
 _WEIGHTS = r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?"
 _PICKLED = r"(?:diffusion_pytorch_model|pytorch_model)(?:-\d+-of-\d+)?\.bin(?:\.index\.json)?"
+
+
+LARGEST_SIDE, MOST_BLOCKS = 16_384, 8
+"""Pixels, and blocks of a network. A model that says more is none that anybody has."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,12 @@ def _on_this_machine(name: str) -> Path | None:
 
 
 def _in_bucket(address: str) -> BaseModel:
-    if not _IN_BUCKET.fullmatch(address):
-        raise RecipeError(
-            f"base_model: {address!r} is no place in Cloud Storage; wanted gs://bucket/path, of a diffusers folder or "
-            "of one .safetensors file."
-        )
-    return BaseModel(address.rstrip("/"))
+    try:
+        return BaseModel(in_bucket(address) or "")
+    except RecipeError as error:
+        wanted = "gs://bucket/path"
+        of_what = f"{wanted}, of a diffusers folder or of one .safetensors file"
+        raise RecipeError(f"base_model: {str(error).replace(wanted, of_what)}") from None
 
 
 def files_to_load(name: str, files: Iterable[str]) -> list[str]:
@@ -158,18 +161,24 @@ def files_to_load(name: str, files: Iterable[str]) -> list[str]:
 def _sizes(folder: Path) -> dict[str, Any]:
     """resolution and bucket_step: UNet and VAE each halve once for each of their blocks but the first."""
     unet, vae = _config(folder / "unet"), _config(folder / "vae")
-    side = unet.get("sample_size")
-    of_unet, of_vae = (len(config.get("block_out_channels") or ()) - 1 for config in (unet, vae))
-    if not isinstance(side, int) or of_unet < 0 or of_vae < 0:
+    side, of_unet, of_vae = unet.get("sample_size"), _halved(unet), _halved(vae)
+    if not isinstance(side, int) or not of_unet or not of_vae:
         return {}
-    of_unet, of_vae = 2**of_unet, 2**of_vae
+    if not 0 < side * of_vae <= LARGEST_SIDE:
+        return {}
     return {"resolution": side * of_vae, "bucket_step": bucket_step(side * of_vae, of_vae * of_unet)}
+
+
+def _halved(config: Mapping[str, Any]) -> int:
+    """By how much the blocks of a network make its pictures smaller; 0 where its configuration does not say."""
+    blocks = config.get("block_out_channels")
+    return 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) <= MOST_BLOCKS else 0
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(
             f"base_model: {folder / 'config.json'} cannot be read ({error}); is the copy of the model whole?"
         ) from None

@@ -69,7 +69,8 @@ def _by_parent(files: dict[str, File]) -> dict[str, dict[str, File]]:
 
 
 def _is_hidden(path: str) -> bool:
-    *folders, name = path.lower().split("/")
+    # "." and ".." are objects of a bucket that lead elsewhere on a disk, and not hidden.
+    *folders, name = [part for part in path.lower().split("/") if part not in (".", "..")] or [""]
     return (
         name.startswith(".")
         or name in _SYSTEM_FILES

@@ -88,6 +88,7 @@ SEVERITY: dict[str, Severity] = {
     "ignored-metadata": WARNING,
     "two-metadata": ERROR,
     "metadata-encoding": ERROR,
+    "metadata-size": ERROR,
     "json-array": ERROR,
     "bad-json": ERROR,
     "bad-csv": ERROR,

@@ -22,6 +22,9 @@ from sdtune.methods.sources import File
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 EXAMPLE_ROW = '{"file_name": "cat.png", "text": "a photo of a cat"}'
 
+LARGEST_METADATA = 512 * 2**20
+"""Bytes. A million captions of 500 letters; what is larger would fill the memory, and is no list of captions."""
+
 _MISNAMED = re.compile(r"meta.?data.*|.*\.jsonl.*|(captions?|prompts?|train)\.(json|csv|parquet)")
 _FILE_NAME_WORDS = (
     "file",
@@ -110,6 +113,10 @@ Record = tuple[str, dict[str, Any]]
 
 
 def _read_text(file: File, draft: Draft) -> list[Record]:
+    if file.size > LARGEST_METADATA:
+        message = f"is {file.size // 2**20:,} MB; a list of captions has {LARGEST_METADATA // 2**20} at most."
+        draft.find("metadata-size", file.path, message)
+        return []
     try:
         with file.open() as stream:
             data = stream.read()

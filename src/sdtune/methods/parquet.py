@@ -10,6 +10,10 @@ from sdtune.methods.sources import File
 
 TEXT_COLUMNS = {"file_name": "bad-file-name", "text": "bad-caption"}
 """The columns that are read, and the code of a finding about one of another type. Others may hold whole images."""
+MOST_ROWS, MOST_TEXT = 10_000_000, 2**30
+"""Rows, and letters in them. A file of a few kilobytes may say one row so often that no memory holds them."""
+AT_ONCE = 1024
+"""Rows that are unpacked together."""
 
 
 def read_parquet(file: File, draft: Draft) -> list[tuple[str, dict[str, Any]]]:
@@ -50,13 +54,24 @@ def _rows(stream: BinaryIO, path: str, draft: Draft) -> list[tuple[str, dict[str
             draft.find(TEXT_COLUMNS[name], path, f"its column {name} is of the type {kind}; it must hold strings.")
         if wrong:
             return []
-        table = opened.read(columns=wanted)
-    columns = {name: _strings(table.column(name), name, path, draft) for name in wanted}
-    if None in columns.values():
-        return []
-    unread = dict.fromkeys(schema.names)
-    cells = ({name: values[row] for name, values in columns.items() if values} for row in range(table.num_rows))
-    return [(f"row {number}", {**unread, **row}) for number, row in enumerate(cells, 1)]
+        if (rows := opened.metadata.num_rows) > MOST_ROWS:
+            draft.find("metadata-size", path, f"has {rows:,} rows; a list of captions has {MOST_ROWS:,} at most.")
+            return []
+        unread = dict.fromkeys(schema.names)
+        found: list[tuple[str, dict[str, Any]]] = []
+        letters = 0
+        for batch in opened.iter_batches(batch_size=AT_ONCE, columns=wanted):
+            columns = {name: _strings(batch.column(name), name, len(found), path, draft) for name in wanted}
+            if None in columns.values():
+                return []
+            letters += sum(len(text or "") for values in columns.values() for text in values or ())
+            if letters > MOST_TEXT:
+                draft.find("metadata-size", path, f"has more than {MOST_TEXT:,} letters of text.")
+                return []
+            for number in range(batch.num_rows):
+                row = {name: values[number] for name, values in columns.items() if values}
+                found.append((f"row {len(found) + 1}", {**unread, **row}))
+        return found
 
 
 def _is_text(kind: Any) -> bool:
@@ -67,10 +82,13 @@ def _is_text(kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
-def _strings(column: Any, name: str, path: str, draft: Draft) -> list[str | None] | None:
-    """The values of a column; None if one is not UTF-8, which Parquet promises but no writer need keep."""
+def _strings(column: Any, name: str, before: int, path: str, draft: Draft) -> list[str | None] | None:
+    """The values of a column; None if one is not UTF-8, which Parquet promises but no writer need keep.
+
+    before: rows that were read already.
+    """
     values: list[str | None] = []
-    for number, cell in enumerate(column, 1):
+    for number, cell in enumerate(column, before + 1):
         try:
             values.append(cell.as_py())
         except UnicodeDecodeError:

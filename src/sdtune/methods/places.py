@@ -11,7 +11,14 @@ BUCKETS = "gs://"
 MOUNT = "/gcs"
 """Where Vertex AI mounts buckets: /gcs/bucket/path is gs://bucket/path."""
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+_BUCKET = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?)*", re.ASCII)
+_ADDRESS = re.compile(r"\d+\.\d+\.\d+\.\d+")
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a bucket may be called so. Source: cloud.google.com/storage/docs/buckets, naming."""
+    fits = 3 <= len(name) <= 222 and bool(_BUCKET.fullmatch(name)) and not _ADDRESS.fullmatch(name)
+    return fits and not name.startswith("goog") and "google" not in name
 
 
 def in_bucket(place: str) -> str | None:
@@ -29,7 +36,7 @@ def in_bucket(place: str) -> str | None:
     bucket, _, path = address.partition("/")
     path = path.rstrip("/")
     parts = path.split("/") if path else []
-    if not _BUCKET.fullmatch(bucket) or not all(part and part not in (".", "..") for part in parts):
+    if not is_bucket(bucket) or not all(part and part not in (".", "..") for part in parts):
         raise RecipeError(f"{place!r} is no place in Cloud Storage; wanted gs://bucket/path.")
     if any(not letter.isprintable() for letter in path) or len(path.encode()) > 1000:
         raise RecipeError(f"{place!r} is no place in Cloud Storage: its path has control characters or is too long.")

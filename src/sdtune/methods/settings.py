@@ -93,6 +93,10 @@ _BOUNDS = {
     "min_length": "of at least {} characters",
     "max_length": "of at most {} characters",
 }
+NOT_YAML = (
+    yaml.YAMLError, RecursionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+"""What PyYAML raises: ValueError of a date such as 2026-13-01, and others of tags such as !!int on what is none."""
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -109,21 +113,58 @@ def _kind(annotation: Any) -> str:
     return _KINDS.get(annotation, str(annotation))
 
 
+LARGEST_FILE, MOST_VALUES = 2**24, 100_000
+"""Bytes, and values in them, of a file of settings: a hundred prompts of 10,000 letters are 4 MB."""
+
+
 def _shorten(value: Any, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def check_values(found: Any, what: str) -> None:
+    """RecipeError: there are more values, at any depth, than anybody writes. YAML's aliases make many of few lines."""
+    count, waiting = 0, [found]
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise RecipeError(f"{what} holds more than {MOST_VALUES:,} values, or one that holds itself (&, *).")
+        if isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple | set):
+            waiting += one
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Lines ``setting: value`` that ``read_settings`` reads as they are; letters as people write them where it can."""
+    plain = dict(settings)
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    try:
+        same = yaml.safe_load(text) == plain
+    except yaml.YAMLError:
+        same = False
+    # Of letters such as U+0085 and U+2028 PyYAML would make line breaks when it reads them.
+    return text if same else str(yaml.safe_dump(plain, sort_keys=False))
+
+
 def read_settings(path: Path, role: str) -> dict[str, Any]:
     """The lines ``setting: value`` of a YAML file. RecipeError if it is none; role: what it is to the user."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as stream:
+            data = stream.read(LARGEST_FILE + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{role}: {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    if len(data) > LARGEST_FILE:
+        raise RecipeError(f"{role}: {path} is larger than {LARGEST_FILE // 2**20} MB; wanted lines `setting: value`.")
+    try:
+        found = yaml.safe_load(text)
+    except NOT_YAML as error:
         raise RecipeError(f"{role}: {path} is not YAML: {error}") from None
     if found is None:
         return {}
+    check_values(found, f"{role}: {path}")
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise RecipeError(f"{role}: {path} holds a {type(found).__name__}; wanted lines of the form `setting: value`.")
     return found

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import numpy
 from PIL import Image
 
-from sdtune.errors import INTERRUPTED, ProjectError, SdtuneError
+from sdtune.errors import ProjectError, SdtuneError
 from sdtune.methods.fields import CommonFields, PublishFields
 from sdtune.training import interrupts
 
@@ -51,9 +51,10 @@ class Trackers:
 
 
 @contextmanager
-def open_trackers(method: CommonFields, folder: Path, title: str) -> Iterator[Trackers]:
+def open_trackers(method: CommonFields, folder: Path, title: str, goes_on: int = 0) -> Iterator[Trackers]:
     """The trackers of a run called ``title``, which keep their files in ``folder``; closed when the block ends.
 
+    goes_on: the step that the run goes on from. What was drawn after it is drawn again, and shown once.
     OSError: the folder cannot be written. ProjectError: Weights & Biases takes no run.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,17 +63,17 @@ def open_trackers(method: CommonFields, folder: Path, title: str) -> Iterator[Tr
         # Closed last: it may have to wait for the network.
         if method.wandb_project is not None:
             places.append(stack.enter_context(WeightsAndBiases(method, method.wandb_project, folder, title)))
-        places.append(stack.enter_context(TensorBoard(folder)))
+        places.append(stack.enter_context(TensorBoard(folder, goes_on)))
         yield Trackers(places)
 
 
 class TensorBoard:
     """Event files for ``tensorboard --logdir``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, goes_on: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # the check below must not wait for torch
 
-        self._writer: Any = SummaryWriter(folder)
+        self._writer: Any = SummaryWriter(folder, purge_step=goes_on + 1 if goes_on else None)
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +147,13 @@ def _quiet_wandb() -> Any:
             "wandb_project: the library wandb is not installed here; install it with "
             "pip install -e '.[wandb]' in sdtune's folder, or leave the project out."
         ) from None
-    wandb.setup(wandb.Settings(silent=True, console="off", finish_timeout=SECONDS_TO_UPLOAD))
+    wandb.setup(
+        wandb.Settings(
+            silent=True, console="off", finish_timeout=SECONDS_TO_UPLOAD,
+            # Where a checkout comes from, what else lies in it and is installed, is nobody's business.
+            disable_git=True, disable_code=True, save_code=False, disable_job_creation=True,
+        )
+    )  # fmt: skip
     return wandb
 
 
@@ -155,5 +162,5 @@ def _exit_code(error: BaseException | None) -> int:
     if error is None:
         return 0
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
+        return interrupts.exit_code()
     return error.exit_code if isinstance(error, SdtuneError) else 1

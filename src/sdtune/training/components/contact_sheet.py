@@ -23,10 +23,11 @@ def contact_sheet(
 ) -> Image.Image:
     """The sheet. samples: for each prompt, its labelled rows, such as before and after.
 
-    It is as wide as the samples need; more training pictures than fit beside each other are shown smaller.
+    As wide as the samples need; more training pictures than fit beside each other are shown smaller. None: no row.
     """
     shown = training_pictures[:MOST_TRAINING_PICTURES]
-    blocks: list[tuple[str, Sequence[Row]]] = [("what it was shown", [("pictures", shown)]), *samples]
+    shown_first: list[tuple[str, Sequence[Row]]] = [("what it was shown", [("pictures", shown)])] if shown else []
+    blocks = [*shown_first, *samples]
     columns = max(LEAST_COLUMNS, *(len(pictures) for _, rows in samples for _, pictures in rows))
     width = LABEL_WIDTH + columns * (TILE + GAP) + GAP
     heading = 2 * GAP + TEXT

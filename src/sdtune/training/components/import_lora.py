@@ -119,7 +119,11 @@ def _read_peft(folder: Path) -> LoraFile:
         metadata |= {key: value for key, value in header.items() if key not in _DESCRIBES_TENSORS}
         if base_model := config.get("base_model_name_or_path"):
             metadata.setdefault("ss_sd_model_name", public_name(str(base_model)))
-    return LoraFile(Form.PEFT, _assembled(folder, parts, _configured_alpha(configs)), metadata)
+    try:
+        weights = _assembled(folder, parts, _configured_alpha(configs))
+    except SPOILT as error:
+        raise TrainingError(f"{folder}: the configuration of its adapters is spoilt ({error}).") from None
+    return LoraFile(Form.PEFT, weights, metadata)
 
 
 def _kohya_parts(file: Path, tensors: Mapping[str, Tensor]) -> Parts:
@@ -128,10 +132,12 @@ def _kohya_parts(file: Path, tensors: Mapping[str, Tensor]) -> Parts:
         name, _, suffix = key.partition(".")
         prefix = next(prefix for prefix in _KOHYA_COMPONENTS if name.startswith(prefix))
         try:
-            part = LoraPart(suffix)
+            part, path = LoraPart(suffix), path_of(name.removeprefix(prefix))
         except ValueError:
             raise _unknown(file, [key]) from None
-        parts[_KOHYA_COMPONENTS[prefix], path_of(name.removeprefix(prefix))][part] = tensor
+        except TrainingError as error:
+            raise TrainingError(f"{file}: {error}") from None
+        parts[_KOHYA_COMPONENTS[prefix], path][part] = tensor
     return parts
 
 

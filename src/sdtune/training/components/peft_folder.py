@@ -94,7 +94,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise TrainingError(f"{folder / CONFIG_FILE}: not a configuration of PEFT ({error}).") from None
     if kind != "LORA":
         raise TrainingError(

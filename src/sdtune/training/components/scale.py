@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ HEADER_KEYS = (TRAINED_ALPHA_KEY, TRAINED_DTYPE_KEY, ROUNDING_KEY)
 
 MOST_ROUNDING = 50_000_000
 """Bytes; readers of safetensors refuse a header of more than 100 million."""
-SPOILT = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, zlib.error)
+SPOILT = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error, zlib.error)
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 """Of as many bytes as a float, to count in steps of it."""

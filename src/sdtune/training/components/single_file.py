@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +108,20 @@ def _opened(path: Path) -> Checkpoint:
             return _unpickled(path)
         file: Any = safe_open(path, framework="pt")  # its methods have no types
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(path, shapes, file.get_tensor, file.metadata() or {})
+        return Checkpoint(path, shapes, partial(_tensor, path, file), file.metadata() or {})
     except SafetensorError as error:
         raise TrainingError(f"{path}: not a whole safetensors file ({error}). Was the download complete?") from error
     except OSError as error:
         raise TrainingError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _tensor(path: Path, file: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    # Of a type that this torch has not; the error is whatever its lookup says.
+    except (SafetensorError, RuntimeError, LookupError, AttributeError, ValueError) as error:
+        raise TrainingError(f"{path}: its tensor {name[:100]!r} cannot be read ({error}).") from None
+    return tensor
 
 
 def _unpickled(path: Path) -> Checkpoint:
@@ -121,7 +129,10 @@ def _unpickled(path: Path) -> Checkpoint:
     try:
         # only files of torch >= 1.6 are zip archives, which can be mapped instead of read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    # Fed with broken bytes it may raise anything: UnpicklingError, RuntimeError, EOFError, IndexError, KeyError ...
+    except Exception as error:
         raise TrainingError(
             f"{path}: not a file of weights alone, or damaged. Pickled files can run code, and sdtune opens only "
             "their tensors; convert it to .safetensors with a tool you trust."
@@ -129,7 +140,7 @@ def _unpickled(path: Path) -> Checkpoint:
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors = content if isinstance(content, dict) else {}
-    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
     return Checkpoint(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__)
 
 
@@ -180,11 +191,11 @@ def _family(file: Checkpoint) -> Family:
     if _CONV_IN not in file:
         kind = next((kind for beginning, kind in _OTHER_FILES.items() if file.holds(beginning)), "something else")
         raise TrainingError(f"{file.path} is {kind}. {wanted}")
-    if (channels := file.shapes[_CONV_IN][1]) != 4:
+    if (channels := _second(file, _CONV_IN)) != 4:
         kind = _OTHER_INPUTS.get(channels, "a model of another kind")
         raise TrainingError(f"{file.path} is {kind} (its UNet has {channels} input channels, not 4). {wanted}")
     names = (f"{UNET}{block}.transformer_blocks.0.attn2.to_k.weight" for block in _TO_CONTEXT)
-    width = next((file.shapes[name][1] for name in names if name in file), 0)
+    width = next((_second(file, name) for name in names if name in file), 0)
     if width == 1280:
         raise TrainingError(f"{file.path} is SDXL's refiner. {wanted}")
     if width in _WIDTHS:
@@ -193,6 +204,12 @@ def _family(file: Checkpoint) -> Family:
         if file.holds(PREFIXES[family][list(PREFIXES[family])[-1]]):
             return family
     raise TrainingError(f"{file.path}: a UNet of a family that sdtune does not know (context {width} wide). {wanted}")
+
+
+def _second(file: Checkpoint, name: str) -> int:
+    """What a weight takes in; 0 of what is none."""
+    shape = file.shapes[name]
+    return shape[1] if len(shape) > 1 else 0
 
 
 def _prediction_type(file: Checkpoint, family: Family, asked: str | None) -> str | None:
@@ -248,7 +265,7 @@ def _table(model: nn.Module, file: Checkpoint, family: Family, component: str) -
         )
     for key, place in table.items():
         tensor = torch.empty(file.shapes[place.name], device="meta")
-        if _core(_taken(tensor, place).shape) != _core(empty[key].shape):
+        if not _can_be_taken(tensor, place) or _core(_taken(tensor, place).shape) != _core(empty[key].shape):
             raise TrainingError(
                 f"{file.path}: {place.name} is {list(tensor.shape)}; {family}'s {component} wants "
                 f"{list(empty[key].shape)}. A model of other sizes needs its settings: give it as a diffusers folder."
@@ -273,6 +290,12 @@ def _find(file: Checkpoint, place: Place) -> Place | None:
     if place.transposed and f"{place.name}.weight" in file:  # of an older converter, which did not transpose it
         return Place(f"{place.name}.weight")
     return None
+
+
+def _can_be_taken(tensor: Tensor, place: Place) -> bool:
+    if place.third is not None:
+        return tensor.dim() > 0 and len(tensor.chunk(3)) == 3
+    return not place.transposed or tensor.dim() == 2
 
 
 def _taken(tensor: Tensor, place: Place) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Any
 
 from sdtune.errors import ProjectError, SdtuneError, TrainingError
 from sdtune.methods import places
+from sdtune.methods.passwords import without_passwords
 from sdtune.methods.places import bucket_and_path, in_bucket
 from sdtune.training.components.copying import SMALL, Original, StopError, Write
 
@@ -78,6 +79,7 @@ class Folder:
         self._start = f"{path}/" if path else ""
         with self._explained():
             self._client = storage.Client()
+            without_passwords(self._client._http)
         self._bucket = self._client.bucket(bucket)
 
     def files(self, inside: str = "") -> dict[str, Any]:

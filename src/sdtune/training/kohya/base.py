@@ -172,7 +172,7 @@ def _write_vocabulary(folder: Path, vocabulary: Mapping[str, int], merges: Itera
 def _config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrainingError(f"base_model: {file} cannot be read ({error}); is the copy of the model whole?") from None
     return config if isinstance(config, dict) else {}
 

@@ -91,7 +91,8 @@ def stage_captioned(folder: Path, method: KohyaFields, target: Path) -> StagedDa
     images.mkdir(parents=True)
     metadata = {
         str(_stage(folder / example.image, example, images, number)): {
-            "caption": example.caption or "",
+            # sd-scripts would read its first line alone. To CLIP's tokenizer both are a space.
+            "caption": " ".join((example.caption or "").splitlines()),
             "image_size": [example.width, example.height],
         }
         for number, example in enumerate(trained)

@@ -19,6 +19,7 @@ import sdtune
 from sdtune import events
 from sdtune.errors import ERRORS, INTERRUPTED, ProjectError, TrainingError
 from sdtune.training.kohya.launcher import AVERAGE_MARK, Setup
+from sdtune.training.secrets import SECRETS
 
 FOLDER = "SDTUNE_SD_SCRIPTS"
 PYTHON = "SDTUNE_SD_SCRIPTS_PYTHON"
@@ -160,7 +161,9 @@ def _environment(work: Path) -> dict[str, str]:
         # Of its libraries about each other.
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     }
-    return {**os.environ, **fixed}
+    # sd-scripts asks nobody for anything, so that it has no use for a token.
+    ours = {name: value for name, value in os.environ.items() if name not in SECRETS.values()}
+    return {**ours, **fixed}
 
 
 def _explained(code: int, last_lines: list[str]) -> Exception:
