@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import urllib.request
 import venv
 import zipfile
@@ -31,10 +32,11 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
 CONTAINERS = ROOT / "containers"
-IMAGES = {"diffusers": ("requirements",), "kohya": ("requirements", "sd-scripts")}
+IMAGES = {"diffusers": ("requirements", "workbench"), "kohya": ("requirements", "workbench", "sd-scripts")}
 """The images, and the locks that jobs in them have. The training wing's is the same in both."""
-WORKBENCH = ("ipykernel",)
-"""What a notebook's kernel needs beside the image's own wheels."""
+WORKBENCH = ("ipykernel", "nbclient")
+"""What runs notebooks beside the image's own wheels, in a Workbench instance and as a job."""
+NOTEBOOKS = "What runs notebooks beside requirements.txt: a kernel, and the client that jobs run its cells with."
 PIP = "pip>=25.1"
 """Older ones download every wheel to resolve."""
 HEAD = """\
@@ -150,10 +152,12 @@ def lock(pip: Sequence[str]) -> None:
     and has on top what must be otherwise for sd-scripts.
     """
     wing = resolve(pip, "-r", "containers/diffusers/requirements.in", "-c", "constraints.txt")
-    kernel = missing_in(wing, resolve(pip, *WORKBENCH, *pinned(wing)))
+    kernel = missing_in(wing, resolve(pip, *WORKBENCH, *pinned(wing), "-c", "constraints.txt"))
+    launcher = launcher_beside(pip, [*wing, *kernel])
     for image in IMAGES:
         write(image, "requirements", "The training wing and what it imports.", wing)
-        write(image, "workbench", "What a notebook's kernel needs beside requirements.txt.", kernel)
+        write(image, "workbench", NOTEBOOKS, kernel)
+        write(image, "launcher", "What sdtune sends jobs with from a notebook, beside the other two.", launcher)
     asked = (CONTAINERS / "kohya" / "sd-scripts.in").read_text(encoding="utf-8")
     otherwise = {normal(name) for name in re.findall(r"^([\w.-]+)[=<>]", asked, re.M)}
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as below:
@@ -161,6 +165,14 @@ def lock(pip: Sequence[str]) -> None:
         below.flush()
         scripts = missing_in(wing, resolve(pip, "-r", "containers/kohya/sd-scripts.in", "-c", below.name))
     write("kohya", "sd-scripts", "What sd-scripts' own Python has over requirements.txt, on which it stands.", scripts)
+
+
+def launcher_beside(pip: Sequence[str], below: Sequence[Wheel]) -> list[Wheel]:
+    """What the project itself wants and ``below`` does not have; the project's own code is copied into the image."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["hpo"]]
+    return missing_in(below, resolve(pip, *asked, *pinned(below), "-c", "constraints.txt"))
 
 
 def pinned(wheels: Sequence[Wheel]) -> list[str]:

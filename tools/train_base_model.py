@@ -284,7 +284,7 @@ def load_some(modules: dict[str, nn.Module], folder: Path) -> None:
     """Continue from the full-precision weights in a folder, of those parts that it has."""
     for name, module in modules.items():
         if (folder / f"{name}.pt").exists():
-            module.load_state_dict(torch.load(folder / f"{name}.pt", map_location="cpu"))
+            module.load_state_dict(torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True))
 
 
 def build(
