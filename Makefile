@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo cloud-demo test containers lock-containers lint types format bench snapshots parity lock clean
+.PHONY: help demo cloud-demo test containers lock-containers notebooks browser api-options lint types format bench train-speed kills snapshots parity lock clean fuzz audit
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,10 +39,34 @@ format: $(VENV)/.dev ## Rewrite the code in the project's style
 containers: $(VENV)/.dev ## Install each image's lock into a new environment and try it: minutes, and hundreds of megabytes
 	$(BIN)/python -m pytest -m containers tests/containers
 
+fuzz: $(VENV)/.dev ## Look longer for what breaks the readers of files, settings and logs: FUZZ=20 is 20 times as long
+	SDTUNE_FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest --timeout 0 tests/security -k "fuzz or prompts or hostile"
+
+audit: $(VENV)/audit/.ready ## Ask PyPI for known vulnerabilities of all that is locked; needs the network
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+	  $(addprefix --requirement ,$(wildcard containers/*/requirements.txt containers/*/sd-scripts.txt containers/*/workbench.txt containers/*/launcher.txt))
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt
+
+notebooks: $(VENV)/.dev ## Run the example notebooks and save what they show; SDTUNE_SD_SCRIPTS for that of kohya
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.notebooks
+
+browser: $(VENV)/.dev $(VENV)/lab/.ready ## A notebook in JupyterLab and a headless Chromium (apt install chromium)
+	$(BIN)/python -m pytest -m browser tests/browser
+
+api-options: $(VENV)/.dev ## Renew the options that editors see of sdtune.train and its neighbours
+	$(BIN)/python tools/api_options.py
+
 bench: $(VENV)/.dev ## Measure the command line and the dataset check; results go to benchmarks/RESULTS.md by hand
 	$(BIN)/python benchmarks/cli_speed.py
 	$(BIN)/python benchmarks/check_speed.py
 	PYTHONPATH=. $(BIN)/python benchmarks/cloud_speed.py
+
+train-speed: $(VENV)/parity/.ready ## Prove benchmarks/train_speed.py on small models: make train-speed DIFFUSERS=a git checkout of it
+	@test -n "$(DIFFUSERS)" || { echo "wanted DIFFUSERS=folder, a git checkout of huggingface/diffusers" >&2; exit 2; }
+	OMP_NUM_THREADS=1 $(VENV)/parity/bin/python benchmarks/train_speed.py --tiny --diffusers-examples "$(DIFFUSERS)/examples"
+
+kills: $(VENV)/.dev ## Kill training runs 200 times at random moments: all must end with the same files (20 minutes)
+	PYTHONPATH=. $(BIN)/python -m tests.survival.kills --kills 200
 
 snapshots: $(VENV)/.dev ## Renew the stored outputs that tests compare with
 	$(BIN)/python -m pytest tests/snapshots --snapshot-update
@@ -72,6 +96,17 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[train,optimizers,wandb,dev]'
 	@touch $@ $(VENV)/.train
+
+$(VENV)/audit/.ready: Makefile
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet 'pip-audit>=2.9'
+	@touch $@
+
+# An environment of its own, as JupyterLab's mostly is: kernels run in another.
+$(VENV)/lab/.ready:
+	$(PYTHON) -m venv $(VENV)/lab
+	$(VENV)/lab/bin/python -m pip install --quiet 'jupyterlab>=4.4,<5' 'playwright>=1.50,<2'
+	@touch $@
 
 # An environment of its own: with torchvision beside it, transformers reads pictures by other code.
 $(VENV)/parity/.ready: pyproject.toml constraints.txt

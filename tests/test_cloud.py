@@ -81,10 +81,10 @@ def test_from_a_folder_here_to_a_lora_in_the_bucket_and_on_the_share(
     share = cloud.vertex.nfs("10.0.0.2", "/vol1")
     assert [path for path in share.rglob("*.safetensors") if path.is_relative_to(share / "dreambooth-lora")]
 
-    # What was uploaded once is not uploaded again, and a finished run is not written over.
+    # What was uploaded once is not uploaded again, and a finished run is not run again.
     again = sdtune(*words, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "already holds a finished run" in again.stdout
+    assert again.returncode == 0
+    assert "holds this run already, and it has finished" in again.stdout
     listed = told(sdtune("jobs", "list", "--json", cwd=tmp_path))
     assert [(line["name"], line["state"], line["gpu"], line["output"]) for line in listed] == [
         ("cat", "succeeded", "l4", "gs://my-bucket/cat"),

@@ -15,9 +15,11 @@ EVERY_KIND = [
     events.Measure("held_out_loss", 5, 0.125),
     events.Note("“look”\n", "warning"),
     events.Artifact("lora", "/out/x.safetensors"),
+    events.Checkpoint(200, "/out/checkpoints/step-000200"),
     events.Copy("gs://b/dog/dog.safetensors", "/mnt/nfs/models/dog.safetensors", "failed", "the disk is full"),
     events.Failed("training", "why"),
     events.Finished(1.5, 10, 0.25, 0.01),
+    events.Executed(seconds=61.5, cells=12),
 ]
 
 

@@ -15,6 +15,10 @@ class SdtuneError(Exception):
     exit_code: ClassVar[int] = 1
     kind: ClassVar[str] = "error"
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook in place of a traceback."""
+        return [f"\x1b[1;31m{type(self).__name__}\x1b[0m: {self}"]
+
 
 class RecipeError(SdtuneError):
     """The settings of a run are wrong; the message lists every mistake at once."""
@@ -62,10 +66,19 @@ class PublishError(SdtuneError):
     kind = "publish"
 
 
-INTERRUPTED = 130
-"""The exit code of what Ctrl-C or a signal has stopped, which is no error."""
+class NotebookError(SdtuneError):
+    """A cell of a notebook failed, took too long or ended its kernel; the notebook up to there exists."""
+
+    exit_code = 7
+    kind = "notebook"
+
+
+INTERRUPTED, TERMINATED = 130, 143
+"""The exit codes of what Ctrl-C and what SIGTERM has stopped, which is no error: 128 and the number of the signal, as
+of a process that has ended by it."""
 
 ERRORS: dict[str, type[SdtuneError]] = {
-    error.kind: error for error in (RecipeError, DatasetError, ProjectError, JobError, TrainingError, PublishError)
+    error.kind: error
+    for error in (RecipeError, DatasetError, ProjectError, JobError, TrainingError, PublishError, NotebookError)
 }
 """By ``kind``, so that an error told by the training process keeps its exit code in the launcher."""

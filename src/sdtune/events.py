@@ -7,6 +7,7 @@ event (a library's warning, a traceback) stays an ordinary line of log.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -15,8 +16,8 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``train``, ``save``, ``upload``
-    or ``copy``."""
+    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``train``, ``save``,
+    ``upload``, ``copy`` or ``cells``."""
 
     event: ClassVar[str] = "phase"
     name: str
@@ -25,7 +26,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a phase has come: ``done`` of ``total`` pictures, sampling steps or megabytes."""
+    """How far a phase has come: ``done`` of ``total`` pictures, sampling steps, megabytes or cells."""
 
     event: ClassVar[str] = "progress"
     name: str
@@ -75,6 +76,15 @@ class Artifact:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The run could go on from here: after ``step`` steps, from what is at ``path``."""
+
+    event: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """A row in the ledger of copies. ``outcome``: ``copied``, ``equal`` (``path`` was there already) or ``failed``."""
 
@@ -105,10 +115,24 @@ class Finished:
     change: float
 
 
-Event = Phase | Progress | Step | Measure | Note | Artifact | Copy | Failed | Finished
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A notebook was run, so many of its cells, and the notebook with its outputs is where the run should leave it."""
+
+    event: ClassVar[str] = "executed"
+    seconds: float
+    cells: int
+
+
+Event = Phase | Progress | Step | Measure | Note | Artifact | Checkpoint | Copy | Failed | Finished | Executed
 KINDS: dict[str, type[Event]] = {
-    kind.event: kind for kind in (Phase, Progress, Step, Measure, Note, Artifact, Copy, Failed, Finished)
+    kind.event: kind
+    for kind in (Phase, Progress, Step, Measure, Note, Artifact, Checkpoint, Copy, Failed, Finished, Executed)
 }
+
+
+LARGEST = 2**53
+"""No figure of a run is as large, and no reader of JSON mistakes one below."""
 
 
 def to_dict(event: Event) -> dict[str, Any]:
@@ -135,6 +159,16 @@ def parse(line: str) -> Event | None:
         return None
     try:
         fields = json.loads(line[start:])
-        return KINDS[fields.pop("event")](**fields)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        event = KINDS[fields.pop("event")](**fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return event if all(_fits(getattr(event, one.name), str(one.type)) for one in dataclasses.fields(event)) else None
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Whether a field is what its class says. Others print JSON too, and nobody may be misled by it."""
+    if kind == "str":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else int | float):
+        return False
+    return abs(value) < LARGEST  # not infinite, and a number at all

@@ -63,7 +63,7 @@ def test_a_project_that_has_everything(
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert lines[0] == "Vertex AI in us-central1, project my-project"
-    assert [line[0] for line in lines[2:14]] == list("✓✓✓✓✓✓✓✓✓··✓")
+    assert [line[0] for line in lines[2:15]] == list("✓✓✓✓✓✓✓✓✓···✓")
     assert not said.err
 
 
@@ -78,7 +78,7 @@ def test_what_is_bad_is_told_with_its_command_and_ends_with_3(
     assert "✗ APIs              1 of 5 is off: logging" in lines
     assert "gcloud services enable logging.googleapis.com --project=my-project" in lines
     assert any(line.startswith("gcloud artifacts repositories create sdtune ") for line in lines)
-    assert said.err == "error: 2 of 12 checks failed; the commands above mend them.\n"
+    assert said.err == "error: 2 of 13 checks failed; the commands above mend them.\n"
 
 
 def test_what_no_command_mends(
@@ -88,7 +88,7 @@ def test_what_no_command_mends(
     said = capsys.readouterr()
     assert "✗ GPU quota         l4: found 1 in us-central1 for all jobs together, wanted 2" in said.out
     assert "https://console.cloud.google.com/iam-admin/quotas?project=my-project" in said.out
-    assert said.err == "error: 1 of 12 checks failed; what stands above mends it.\n"
+    assert said.err == "error: 1 of 13 checks failed; what stands above mends it.\n"
 
 
 def test_one_object_for_each_check(
@@ -98,7 +98,7 @@ def test_one_object_for_each_check(
     assert sdtune("doctor", "--json") == 3
     *checks, error = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {check["name"]: check for check in checks}
-    assert len(found) == len(checks) == 12
+    assert len(found) == len(checks) == 13
     assert {check["event"] for check in checks} == {"check"}
     assert (found["billing"]["grade"], found["project"]["grade"]) == ("bad", "good")
     assert "gcloud billing accounts list" in found["billing"]["commands"]

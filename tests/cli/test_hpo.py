@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 
 from sdtune.cli import app as cli
 from sdtune.cli import hpo, hpo_view
-from sdtune.cli.hpo_picture import draw
+from sdtune.commands.hpo_picture import draw
 from sdtune.errors import JobError, ProjectError
 from sdtune.jobs.search_space import Parameter, SearchSpace
 from sdtune.jobs.study import Measurement, StudyRecord, Trial

@@ -22,6 +22,7 @@ SCRIPT = "import sys; print('one'); print('two'); sys.stderr.write('Traceback: t
 @pytest.fixture(scope="module")
 def server() -> Iterator[Cloud[Any]]:
     with loopback_cloud(delays={}) as cloud:
+        cloud.storage.buckets["bucket"] = {}
         yield cloud
 
 

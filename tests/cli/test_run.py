@@ -37,8 +37,12 @@ def test_a_run_from_the_command_to_the_files(pictures: Callable[..., Path], tmp_
     assert all(path.exists() for path in made.values())
 
     again = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "already holds a finished run" in json.loads(again.stdout.splitlines()[-1])["text"]
+    assert again.returncode == 0
+    assert "holds this run already, and it has finished" in json.loads(again.stdout.splitlines()[-1])["text"]
+
+    other = subprocess.run([*words, "--seed", "7"], capture_output=True, text=True, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "  seed: 42 then, 7 now" in json.loads(other.stdout.splitlines()[-1])["text"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -51,8 +51,15 @@ def test_docker_build_without_a_target_makes_the_image_of_jobs(file: Dockerfile)
     assert list(file.stages) == list(STAGES)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_only_the_training_wing_and_the_locks_get_in(file: Dockerfile, stage: str) -> None:
+def test_a_notebooks_image_has_all_of_sdtune_and_the_locks(file: Dockerfile) -> None:
+    copied = {source: one.words[-1] for one in file.of("workbench", "COPY") for source in one.words[:-1]}
+    locks = [f"containers/{file.image}/{name}.txt" for name in ("requirements", "workbench", "launcher")]
+    more = [f"containers/{file.image}/sd-scripts.txt"] if file.image == "kohya" else []
+    assert copied == {"src/sdtune": "/opt/sdtune/sdtune", **dict.fromkeys([*locks, *more], "/opt/sdtune/")}
+
+
+@pytest.mark.parametrize("stage", ["train"])
+def test_only_the_training_wing_and_the_locks_get_into_jobs(file: Dockerfile, stage: str) -> None:
     copied = {source for one in file.of(stage, "COPY") for source in one.words[:-1]}
     locks = {f"containers/{file.image}/{name}.txt" for name in ("requirements", "workbench", "sd-scripts")}
     assert copied - PART <= locks
@@ -74,8 +81,9 @@ def test_pip_takes_hashed_wheels_alone_and_they_fit(file: Dockerfile, stage: str
         assert set(words[6::2]) == {"--requirement"}
         assert check == f"{words[0]} -m pip check"
         found.append([Path(word).name for word in words[7::2]])
-    wing = ["requirements.txt", *(["workbench.txt"] if stage == "workbench" else [])]
-    assert found == [wing, *([["sd-scripts.txt"]] if file.image == "kohya" else [])]
+    # A notebook runs in a Workbench instance, and as a job.
+    wheels = ["requirements.txt", "workbench.txt", *(["launcher.txt"] if stage == "workbench" else [])]
+    assert found == [wheels, *([["sd-scripts.txt"]] if file.image == "kohya" else [])]
 
 
 def test_jobs_run_as_nobody_in_particular(file: Dockerfile) -> None:

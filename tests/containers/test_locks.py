@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 from tests.containers.dockerfiles import CONTAINERS, IMAGES
 
-LOCKS = [CONTAINERS / image / f"{name}.txt" for image in IMAGES for name in ("requirements", "workbench")]
+LOCKS = [CONTAINERS / image / f"{name}.txt" for image in IMAGES for name in ("requirements", "workbench", "launcher")]
 LOCKS.append(CONTAINERS / "kohya" / "sd-scripts.txt")
 WING, SCRIPTS = LOCKS[0], LOCKS[-1]
 PIN = re.compile(r"([a-z0-9-]+)==([^\s+]+) \\\n    --hash=sha256:([0-9a-f]{64})\n")
@@ -54,12 +54,26 @@ def test_a_lock_holds_what_was_asked_for(asked: Path, locked: dict[str, str]) ->
 
 def test_a_kernels_lock_adds_to_the_images() -> None:
     more = pins(CONTAINERS / "diffusers" / "workbench.txt")
-    assert "ipykernel" in more
+    assert {"ipykernel", "nbclient", "nbformat"} <= more.keys()
     assert not more.keys() & pins(WING).keys()
 
 
+def test_a_notebooks_lock_has_all_that_sdtune_asks_for() -> None:
+    more = pins(CONTAINERS / "diffusers" / "launcher.txt")
+    below = pins(WING) | pins(CONTAINERS / "diffusers" / "workbench.txt")
+    assert not more.keys() & below.keys()
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    for line in [*project["dependencies"], *project["optional-dependencies"]["hpo"]]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains((below | more)[canonicalize_name(requirement.name)]), requirement
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    tested = {canonicalize_name(name): version for name, version in tested.items()}
+    assert {name: version for name, version in more.items() if tested.get(name, version) != version} == {}
+
+
 def test_the_training_wing_is_the_same_in_both_images() -> None:
-    for name in ("requirements.txt", "workbench.txt"):
+    for name in ("requirements.txt", "workbench.txt", "launcher.txt"):
         first, second = ((CONTAINERS / image / name).read_text(encoding="utf-8") for image in IMAGES)
         assert first == second
 
@@ -75,13 +89,15 @@ def test_sd_scripts_python_has_only_what_must_be_otherwise() -> None:
 def test_the_training_wing_has_the_versions_that_the_tests_run_with() -> None:
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
     tested = {canonicalize_name(name): version for name, version in tested.items()}
+    notebooks = pins(CONTAINERS / "diffusers" / "workbench.txt")
+    assert notebooks == {name: tested.get(name) for name in notebooks}
     locked = pins(WING)
     assert {name: locked[name] for name in locked.keys() & tested.keys()} == {
         name: tested[name] for name in locked.keys() & tested.keys()
     }
     # Left over: torch's CUDA, which the tests have no use for, and what comes with every environment.
     cuda = [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
-    assert locked.keys() - tested.keys() == {*cuda, "triton", "setuptools"}
+    assert locked.keys() - tested.keys() == {*cuda, "triton", "setuptools"} - tested.keys()
     assert {"nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"} <= set(cuda)
 
 

@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sdtune.cli.app import app
-from sdtune.cli.options import read_config
+from sdtune.commands.gathering import read_config
 from sdtune.methods.catalog import METHODS, find_method
 from sdtune.methods.layouts import check
 from sdtune.methods.ledger import Layout

@@ -51,6 +51,9 @@ VALUES: dict[str, Any] = {
     "sample_prompt": ("a photo of sks cat", "a drawing"),
     "num_samples": 2,
     "sample_every": 9,
+    "checkpointing_minutes": 2.5,
+    "checkpointing_steps": 40,
+    "checkpoints_total_limit": 3,
     "sample_steps": 11,
     "guidance_scale": 3.5,
     "seed": 7,
@@ -169,7 +172,8 @@ def parse_typed(method: type[CommonFields], words: list[str]) -> CommonFields:
 
     import typer
 
-    from sdtune.cli.options import parameters_of, typed_settings
+    from sdtune.cli.options import parameters_of
+    from sdtune.commands.gathering import typed_settings
 
     got: list[CommonFields] = []
 

@@ -70,9 +70,17 @@ def test_the_source_is_what_trains_and_nothing_else(root: Path) -> None:
     assert not [name for name in found if "__pycache__" in name]
 
 
+def test_a_notebooks_image_gets_what_sends_jobs_too(root: Path) -> None:
+    found = names(find_source("diffusers", root, "workbench"))
+    wing = {name.split("/")[2] for name in found if name.startswith("src/sdtune/")}
+    assert wing > {"__init__.py", "methods", "training", "api", "backends", "cli", "commands", "jobs", "__main__.py"}
+    assert "src/sdtune/api/training.py" in found
+    assert plan_image("diffusers", "workbench", PLACEMENT, root).source.digest != find_source("diffusers", root).digest
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_the_checkout_has_all_that_the_dockerfile_copies(container: str) -> None:
-    found = names(find_source(container, ROOT))
+    found = names(find_source(container, ROOT, "workbench"))
     dockerfile = (ROOT / "containers" / container / "Dockerfile").read_text().replace("\\\n", " ")
     copied = [
         word

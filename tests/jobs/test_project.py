@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sdtune.errors import RecipeError
+from sdtune.jobs import project
 from sdtune.jobs.placement import Placement
 from sdtune.jobs.project import (
     find_project_file,
@@ -98,3 +99,26 @@ def test_the_file_that_init_writes_shows_every_setting_and_each_may_be_switched_
         if name in shown:
             # Each line may be switched on, alone or with what it needs.
             assert Placement.from_settings({**needed, name: shown[name]}), name
+
+
+def test_a_file_of_somebody_else_above_the_folder_is_not_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write to /tmp could otherwise say which bucket the files of a folder in it are uploaded to."""
+    mine, shared = tmp_path / "shared" / "mine", tmp_path / "shared"
+    mine.mkdir(parents=True)
+    theirs = shared / "sdtune.yaml"
+    theirs.write_text("bucket: gs://their-bucket\n")
+    owners = {theirs: 2000, mine: 1000, shared: 0}
+    monkeypatch.setattr(project, "_owner", owners.__getitem__)
+    monkeypatch.setattr(project, "_user", lambda: 1000)
+    for folder in (mine, shared):
+        with pytest.raises(RecipeError, match=r"sdtune.yaml: belongs neither to you nor to whom .* belongs"):
+            find_project_file(folder)
+    # In a checkout of theirs it is what was meant, and so it is where an administrator has put it.
+    owners[mine] = 2000
+    assert find_project_file(mine) == theirs
+    owners |= {mine: 1000, theirs: 0}
+    assert find_project_file(mine) == theirs
+    owners[theirs] = 1000
+    assert find_project_file(mine) == theirs

@@ -164,14 +164,15 @@ def test_a_stopped_run_leaves_no_half_written_file(
     process = subprocess.Popen(command(settings, pictures(), tmp_path / "out"), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if '"step"' in line:
+        if '"event": "step"' in line:
             break
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     process.stdout.read()
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=30) == 143
     assert time.monotonic() - started < 10
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs", ".sdtune"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs", ".sdtune", "checkpoints"}
+    assert not [path for path in (tmp_path / "out").rglob("*") if ".partial-" in path.name]
 
 
 def test_wrong_arguments_are_told_as_an_event() -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sdtune import events
-from sdtune.errors import INTERRUPTED, DatasetError, RecipeError, TrainingError
+from sdtune.errors import TERMINATED, DatasetError, RecipeError, TrainingError
 from sdtune.jobs.spec import plan_training
 from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.methods.kohya import KohyaNativeLora
@@ -275,7 +275,7 @@ def test_a_trial_that_is_stopped_has_reported_what_it_measured(
             assert set(reported.items()) <= set(measured.items())
             if reported:
                 process.terminate()
-    assert process.wait() == INTERRUPTED
+    assert process.wait() == TERMINATED
     reported = {int(line["global_step"]): float(line["held_out_loss"]) for line in lines(file)}
     assert len(reported) == 1
     assert set(reported.items()) <= set(measured.items())

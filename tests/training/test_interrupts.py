@@ -12,19 +12,20 @@ from sdtune.training import interrupts
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def signals_as_before() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(interrupts, "_wanted", False)
     interrupts.listen()
     yield
+    interrupts.listen()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_obeyed_at_once(number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_obeyed_at_once(number: signal.Signals, code: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), number)
+    assert interrupts.exit_code() == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -36,6 +37,41 @@ def test_or_when_what_must_not_be_torn_is_done(number: signal.Signals) -> None:
     assert done == [1]
 
 
+def test_of_blocks_in_each_other_at_the_end_of_the_outermost() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts.held():  # noqa: PT012
+        with interrupts.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+        done.append(1)
+        assert interrupts.wanted()
+    assert done == [1]
+
+
+def test_what_may_be_torn_inside_of_what_may_not_is_torn() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts.held():  # noqa: PT012
+        try:
+            with interrupts.let_through():
+                with interrupts.held():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    done.append("inner")
+                done.append("never")
+        except KeyboardInterrupt:
+            done.append("outer")
+        with pytest.raises(KeyboardInterrupt), interrupts.let_through():
+            done.append("nor this")
+    assert done == ["inner", "outer"]
+
+
+def test_sigterm_is_obeyed_once_and_ctrl_c_whenever_it_comes() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_nothing_happens_without_one() -> None:
-    with interrupts.held():
+    with interrupts.held(), interrupts.let_through():
         pass
+    assert not interrupts.wanted()

@@ -111,11 +111,11 @@ def test_a_stopped_run_stops_with_it(start: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     printed = process.stdout.read()  # ends when the last process that writes to it has ended
-    assert process.wait(timeout=30) == 130, printed
+    assert process.wait(timeout=30) == 143, printed
     assert time.monotonic() - started < 15
     assert "Traceback" not in printed
     written = records(tmp_path / "my cat")
-    assert [record.exit.exit_code for record in written if record.WhichOneof("record_type") == "exit"] == [130]
+    assert [record.exit.exit_code for record in written if record.WhichOneof("record_type") == "exit"] == [143]
 
 
 def test_without_a_key_nothing_starts(start: Start, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NoReturn
 
 import typer
 
 from sdtune import __version__
 from sdtune.cli.lazy import LazyGroup
 from sdtune.errors import SdtuneError
+
+DEBUG = "SDTUNE_DEBUG"
+"""In the environment: an error that nobody foresaw ends with its traceback."""
 
 
 class Commands(LazyGroup):
@@ -26,6 +31,8 @@ class Commands(LazyGroup):
         "train": ("sdtune.cli.train", "Fine-tune a model: sdtune train METHOD --dataset DIR --output DIR."),
         "hpo": ("sdtune.cli.hpo", "Search for better settings: sdtune hpo METHOD --tune learning_rate=1e-5:1e-3:log."),
         "jobs": ("sdtune.cli.jobs", "What runs in the cloud: list, show, logs, cancel, open."),
+        "notebook": ("sdtune.cli.notebook", "Run a notebook as a job, with parameters: sdtune notebook run X.ipynb."),
+        "workbench": ("sdtune.cli.workbench", "Notebooks on a machine with a GPU: create, list, start, stop, delete."),
         "sync-nfs": ("sdtune.cli.sync_nfs", "Copy trained models from a bucket to a Filestore share."),
         "convert": ("sdtune.cli.convert", "Turn a LoRA into another form: diffusers, kohya, PEFT."),
     }
@@ -58,20 +65,33 @@ def root(
 
 def main() -> None:
     """Run the command line; ends the process with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that is not UTF-8, or a letter that the terminal has not, is shown by its number.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A terminal that closes, or a supervisor, stops a run as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         app()
     except SdtuneError as error:
-        from sdtune.cli.output import open_console
-
-        # Even an error that comes before any command has read its options keeps to the form that was asked for.
-        open_console(json="--json" in sys.argv).error(error)
-        sys.exit(error.exit_code)
+        _end(error)
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        what = f"unexpected {type(error).__name__}: {error}".rstrip(": ")
+        _end(SdtuneError(f"{what}. This is a mistake of sdtune's own; with {DEBUG}=1 it shows where."))
+
+
+def _end(error: SdtuneError) -> NoReturn:
+    from sdtune.cli.output import open_console
+
+    # Even an error that comes before any command has read its options keeps to the form that was asked for.
+    open_console(json="--json" in sys.argv).error(error)
+    sys.exit(error.exit_code)
 
 
 def _interrupt(signal_number: int, frame: object) -> None:

@@ -9,10 +9,11 @@ import typer
 
 from sdtune.backends.registry import open_builder
 from sdtune.cli import build_view
-from sdtune.cli.options import parameters_of, typed_settings
+from sdtune.cli.options import parameters_of
 from sdtune.cli.output import open_console
-from sdtune.cli.session import JsonOption, ProjectOption, open_placement
+from sdtune.cli.session import JsonOption, ProjectOption
 from sdtune.commands.build import BuildRun, follow_builds, plan_builds
+from sdtune.commands.gathering import open_placement, typed_settings
 from sdtune.errors import INTERRUPTED, RecipeError
 from sdtune.jobs.backend import Submitted
 from sdtune.jobs.images import CONTAINERS, BuildSettings
@@ -65,9 +66,12 @@ def build(
 def _show(stream: Any, going_on: BuildRun | list[Submitted], json: bool, region: str) -> None:
     try:
         build_view.follow(stream, as_json=json, region=region)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as left:
         builds = [one.build for one in going_on.started] if isinstance(going_on, BuildRun) else going_on
-        build_view.left(builds, as_json=json)
+        if str(left):
+            open_console(json).left(None, str(left))
+        if builds or not str(left):
+            build_view.left(builds, as_json=json)
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sdtune import events
-from sdtune.cli.words import duration
+from sdtune.cli.terminal import Screen
 from sdtune.commands.build import BuildPlan, BuildStarted, ImageFound, Told
+from sdtune.commands.words import duration
 from sdtune.jobs.backend import StateChange, Submitted
 from sdtune.jobs.builder import BuildEnd, Builder, ImageRecord, StepChange, StepLine
 
@@ -160,7 +161,7 @@ class _Time(ProgressColumn):
 
 
 def _out() -> RichConsole:
-    return RichConsole(highlight=False, soft_wrap=True)
+    return Screen()
 
 
 def _how_to_return(out: RichConsole, build: Submitted) -> None:

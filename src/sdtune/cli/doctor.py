@@ -6,13 +6,14 @@ import inspect
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console as RichConsole
 
 from sdtune.backends.registry import BACKENDS, open_checks
 from sdtune.cli import doctor_view
-from sdtune.cli.options import parameters_of, typed_settings
-from sdtune.cli.session import JsonOption, open_placement
+from sdtune.cli.options import parameters_of
+from sdtune.cli.session import JsonOption
+from sdtune.cli.terminal import Screen
 from sdtune.commands.doctor import examine, raise_for_bad
+from sdtune.commands.gathering import open_placement, typed_settings
 from sdtune.errors import RecipeError
 from sdtune.jobs.placement import Placement
 from sdtune.jobs.project import find_project_file, from_environment, gcloud_defaults, read_project_file, settled
@@ -22,7 +23,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 def run(*, backend: str | None, json: bool, **arguments: Any) -> None:
     """Ask everything, show what was found."""
-    typed = typed_settings(Placement, {**dict.fromkeys(Placement.model_fields), **arguments})
+    typed = typed_settings(Placement, arguments)
     name, placement = _place(backend, typed)
     checks = open_checks(name, placement)
     findings = examine(checks)
@@ -30,7 +31,7 @@ def run(*, backend: str | None, json: bool, **arguments: Any) -> None:
         shown = doctor_view.as_lines(findings)
     else:
         where = f"Vertex AI in {', '.join(placement.region)}, project {placement.project}"
-        out = RichConsole(highlight=False, soft_wrap=True)
+        out = Screen()
         shown = doctor_view.show(out, "This machine" if name == "local" else where, checks, findings)
     raise_for_bad(shown)
 

@@ -10,19 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
+from sdtune import events
 from sdtune.backends.registry import open_studies
 from sdtune.cli import hpo_view, train
-from sdtune.cli.options import parameters_of, read_config, typed_settings
+from sdtune.cli.options import parameters_of
 from sdtune.cli.output import open_console
 from sdtune.cli.sections import sectioned
-from sdtune.cli.session import (
-    JsonOption,
-    ProjectOption,
-    RegionOption,
-    archive_placement,
-    dataset_and_output,
-    open_session,
-)
+from sdtune.cli.session import JsonOption, ProjectOption, RegionOption, open_session
+from sdtune.commands.gathering import archive_placement, dataset_and_output, read_config, typed_settings
 from sdtune.commands.hpo import best_of, find_study, plan_study, raise_if_failed, recipe_text, trial_of, winning_recipe
 from sdtune.commands.running import uploaded
 from sdtune.errors import INTERRUPTED, JobError, RecipeError
@@ -86,11 +81,13 @@ def run(
         for upload in plan.uploads:
             session.console.follow(uploaded(upload))
         submitted = studies.submit(plan.study)
-    except KeyboardInterrupt:
-        session.console.left(None)
+    except KeyboardInterrupt as left:
+        session.console.left(None, str(left))
         raise typer.Exit(INTERRUPTED) from None
     if studies.outlives:
         view.submitted(submitted)
+        if submitted.note:
+            session.console.follow([events.Note(submitted.note, "warning")])
     if not detach:
         _follow(studies, submitted, view)
 
@@ -151,7 +148,7 @@ def picture(
     json: JsonOption = False,
 ) -> None:
     """Draw the metric against each setting and over the steps, as NAME.png and as NAME.html."""
-    from sdtune.cli.hpo_picture import draw
+    from sdtune.commands.hpo_picture import draw
 
     _, record = _find(job, project, region)
     files = [str(file) for file in draw(record, output)]

@@ -12,15 +12,15 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sdtune.cli.words import count, duration
+from sdtune.cli.terminal import Screen
 from sdtune.commands.hpo import StudyPlan
+from sdtune.commands.words import count, duration
 from sdtune.errors import JobError
 from sdtune.jobs.backend import Submitted
 from sdtune.jobs.search_space import Value
@@ -143,7 +143,7 @@ class HumanView(View):
     """Text; colour and a table that moves only on a terminal."""
 
     def __init__(self) -> None:
-        self.out = RichConsole(highlight=False, soft_wrap=True)
+        self.out = Screen()
 
     def plan(self, plan: StudyPlan) -> None:
         study = plan.study
@@ -177,7 +177,7 @@ class HumanView(View):
             return _table(last, _most_telling(last, self.out.height - AROUND)) if last else ""
 
         # A line that the terminal wraps would count as one when the table is drawn over.
-        screen = RichConsole(file=self.out.file, force_terminal=self.out.is_terminal, width=self.out.width)
+        screen = Screen(**_like(self.out), soft_wrap=False, width=self.out.width)
         # Drawn anew also while nothing changes: trials get older.
         moving = Live(get_renderable=table, console=screen, refresh_per_second=1, transient=True)
         with moving if self.out.is_terminal else nullcontext() as live:
@@ -222,7 +222,7 @@ class HumanView(View):
 
     def _whole(self, table: RenderableType) -> None:
         """A table that stays: nothing is left out of it, and what is too long is left to the terminal."""
-        RichConsole(file=self.out.file, force_terminal=self.out.is_terminal, width=1000, soft_wrap=True).print(table)
+        Screen(**_like(self.out), width=1000).print(table)
 
     def _how_to_return(self, study: Submitted) -> None:
         region = f" --region {study.region}"
@@ -342,3 +342,8 @@ def _iso(time: datetime | None) -> str | None:
 def _line(event: str, **fields: Any) -> None:
     sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()
+
+
+def _like(out: Screen) -> dict[str, Any]:
+    """The options of another screen at the same terminal, which is for tables: their figures have colours."""
+    return {"file": out.file, "force_terminal": out.is_terminal, "highlight": True}

@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from sdtune.cli.words import duration
+from sdtune.commands.words import duration
 from sdtune.jobs.archive import JobRecord
 from sdtune.jobs.backend import Submitted
 

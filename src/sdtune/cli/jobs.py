@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import webbrowser
-from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Annotated
 
@@ -13,11 +12,11 @@ import typer
 
 from sdtune.backends.registry import open_archive
 from sdtune.cli.output import open_console
-from sdtune.cli.session import JsonOption, ProjectOption, RegionOption, archive_placement
-from sdtune.commands.jobs import find, read_logs
-from sdtune.errors import INTERRUPTED, RecipeError, SdtuneError
+from sdtune.cli.session import JsonOption, ProjectOption, RegionOption
+from sdtune.commands.gathering import archive_placement
+from sdtune.commands.jobs import find, known_state, read_logs, since_when
+from sdtune.errors import INTERRUPTED, SdtuneError
 from sdtune.jobs.backend import Submitted
-from sdtune.jobs.durations import parse_duration
 from sdtune.methods.catalog import METHODS, find_method
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False)
@@ -43,7 +42,7 @@ def list_jobs(
     json: JsonOption = False,
 ) -> None:
     """List sdtune's jobs, newest first."""
-    name, state = find_method(method).name if method else None, _state(state)
+    name, state = find_method(method).name if method else None, known_state(state)
     archive = open_archive(archive_placement(project, region))
     open_console(json).jobs(islice(archive.jobs(state=state, method=name), limit))
 
@@ -72,7 +71,7 @@ def logs(
     json: JsonOption = False,
 ) -> None:
     """Show what a job said, from its first line."""
-    console, start = open_console(json), _since(since)
+    console, start = open_console(json), since_when(since)
     archive = open_archive(archive_placement(project, region))
     record = find(archive, job)
     again = Submitted(record.job_id, record.number, record.region, record.url)
@@ -116,26 +115,3 @@ def open_job(
     # On a machine without a screen Python would open a browser of text in this terminal.
     if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         webbrowser.open(record.url)
-
-
-STATES = ("queued", "pending", "running", "succeeded", "failed", "cancelling", "cancelled", "paused", "expired")
-
-
-def _state(state: str | None) -> str | None:
-    if state is not None and state.lower() not in STATES:
-        raise RecipeError(f"state: found {state!r}, wanted {' or '.join(STATES)}.")
-    return state and state.lower()
-
-
-def _since(text: str | None) -> datetime | None:
-    """``2h`` ago, or a time; one without a zone is this machine's."""
-    if text is None:
-        return None
-    try:
-        if text[:4].isdigit() and "-" in text:
-            return datetime.fromisoformat(text).astimezone(UTC)
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
-    except ValueError:
-        raise RecipeError(
-            f"since: found {text!r}, wanted a duration such as 2h, or a time such as 2026-11-25T09:00."
-        ) from None

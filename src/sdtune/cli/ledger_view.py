@@ -7,7 +7,7 @@ from itertools import groupby
 from rich.console import Console as RichConsole
 from rich.markup import escape
 
-from sdtune.cli.words import count
+from sdtune.commands.words import count
 from sdtune.methods.ledger import Finding, Ledger, Severity
 
 FILES_PER_FINDING = 3

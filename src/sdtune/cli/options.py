@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic.fields import FieldInfo
 
-from sdtune.errors import RecipeError
-from sdtune.methods.catalog import find_method
-from sdtune.methods.fields import CommonFields, PublishFields
-from sdtune.methods.settings import Settings, read_settings
+from sdtune.methods.fields import PublishFields
+from sdtune.methods.settings import Settings
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -34,22 +31,6 @@ def parameters_of(settings: type[Settings], taken: set[str]) -> list[inspect.Par
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(settings, name, info))
         for name, info in fields
     ]
-
-
-def typed_settings(settings: type[Settings], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were typed; an option that was not given is not among them."""
-    return {name: arguments[name] for name in settings.model_fields if arguments[name] not in (None, [])}
-
-
-def read_config(path: Path | None, method: type[CommonFields]) -> dict[str, Any]:
-    """The settings of a YAML recipe. RecipeError if it is not one, or one of another method."""
-    if path is None:
-        return {}
-    recipe = read_settings(path, "config")
-    named = recipe.pop("method", method.name)
-    if find_method(str(named)) is not method:
-        raise RecipeError(f"config: {path} is a recipe of {named}; run it with: sdtune train {named} --config {path}")
-    return recipe
 
 
 def _option(settings: type[Settings], name: str, info: FieldInfo) -> Any:

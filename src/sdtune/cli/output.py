@@ -11,17 +11,18 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sdtune import events
 from sdtune.cli import job_view, ledger_view, plan_view, run_view
-from sdtune.cli.words import count
+from sdtune.cli.terminal import Screen
 from sdtune.commands.convert import Conversion, LoraSummary
+from sdtune.commands.notebook import NotebookPlan
 from sdtune.commands.running import Said
 from sdtune.commands.sync_nfs import CopyPlan
 from sdtune.commands.train import TrainingPlan
+from sdtune.commands.words import count
 from sdtune.errors import SdtuneError
 from sdtune.jobs.archive import JobRecord
 from sdtune.jobs.backend import Backend, LogLine, StateChange, Submitted
@@ -40,6 +41,10 @@ class Console(ABC):
     @abstractmethod
     def copy_plan(self, plan: CopyPlan, place: str) -> None:
         """What will be copied."""
+
+    @abstractmethod
+    def notebook_plan(self, plan: NotebookPlan, place: str) -> None:
+        """Which notebook will be run, with which parameters."""
 
     @abstractmethod
     def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
@@ -74,8 +79,11 @@ class Console(ABC):
         """What was read of a LoRA, and where it was written."""
 
     @abstractmethod
-    def left(self, submitted: Submitted | None) -> None:
-        """The user has left: a job that goes on by itself, or the run has been stopped."""
+    def left(self, submitted: Submitted | None, doubt: str = "") -> None:
+        """The user has left: a job that goes on by itself, or the run has been stopped.
+
+        doubt: how to find out whether a job has been made, where it was just being submitted.
+        """
 
     @abstractmethod
     def read_again(self, submitted: Submitted) -> None:
@@ -109,6 +117,14 @@ class JsonConsole(Console):
 
     def copy_plan(self, plan: CopyPlan, place: str) -> None:
         self._line("plan", place=place, job=plan.job.name, source=plan.source, method=plan.method, shares=plan.shares)
+
+    def notebook_plan(self, plan: NotebookPlan, place: str) -> None:
+        self._line(
+            "plan", place=place, job=plan.job.name, notebook=plan.notebook, output=plan.job.output, result=plan.result,
+            parameters=dict(plan.parameters),
+        )  # fmt: skip
+        for note in plan.notes:
+            self._line(**events.to_dict(events.Note(note, "warning")))
 
     def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
         self._line("dry_run", **rendered)
@@ -151,9 +167,11 @@ class JsonConsole(Console):
     def conversion(self, conversion: Conversion) -> None:
         self._line("conversion", **asdict(conversion))
 
-    def left(self, submitted: Submitted | None) -> None:
+    def left(self, submitted: Submitted | None, doubt: str = "") -> None:
         if submitted:
             self._line("left", **asdict(submitted))
+        elif doubt:
+            self._line("left_in_doubt", text=doubt)
         else:
             self._line("stopped")
 
@@ -168,13 +186,16 @@ class HumanConsole(Console):
     """Text; colour and moving bars only on a terminal."""
 
     def __init__(self) -> None:
-        self.out = RichConsole(highlight=False, soft_wrap=True)
+        self.out = Screen()
 
     def plan(self, plan: TrainingPlan, place: str) -> None:
         plan_view.show(self.out, plan, place)
 
     def copy_plan(self, plan: CopyPlan, place: str) -> None:
         plan_view.show_copy(self.out, plan, place)
+
+    def notebook_plan(self, plan: NotebookPlan, place: str) -> None:
+        plan_view.show_notebook(self.out, plan, place)
 
     def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
         self.out.print("\nNothing was started. This would run:")
@@ -216,15 +237,17 @@ class HumanConsole(Console):
     def say(self, text: str, **fields: Any) -> None:
         self.out.print(escape(text))
 
-    def left(self, submitted: Submitted | None) -> None:
+    def left(self, submitted: Submitted | None, doubt: str = "") -> None:
         if submitted:
             self.out.print(f"[yellow]Job {submitted.number} goes on[/] without this terminal.")
             job_view.how_to_return(self.out, submitted)
+        elif doubt:
+            self.out.print(f"[yellow]Stopped[/] as it was being submitted, and it may have been: {escape(doubt)}")
         else:
-            self.out.print("[yellow]Stopped.[/] The run was ended and left no result.")
+            self.out.print("[yellow]Stopped.[/] The same command goes on from the newest checkpoint.")
 
     def read_again(self, submitted: Submitted) -> None:
         self.out.print(f"All that the job said: sdtune jobs logs {submitted.number} --region {submitted.region}")
 
     def error(self, error: SdtuneError) -> None:
-        RichConsole(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        Screen(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}")

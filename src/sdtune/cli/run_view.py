@@ -14,8 +14,8 @@ from rich.text import Text
 
 from sdtune import events
 from sdtune.cli import job_view
-from sdtune.cli.words import duration
 from sdtune.commands.running import Said
+from sdtune.commands.words import MEANING, count, duration
 from sdtune.jobs.backend import LogLine, StateChange, Submitted
 from sdtune.methods.places import BUCKETS
 
@@ -23,26 +23,14 @@ FIRST_REPLICA = "workerpool0-0"
 SEVERITY = {"info": "dim", "warning": "yellow", "error": "red"}
 OUTCOMES = {"copied": "[green]copied[/]", "equal": "[dim]there  [/]", "failed": "[bold red]failed[/]"}
 SECONDS_BETWEEN_LINES = 10.0
-MEANING = {
-    "model": "for diffusers: from_pretrained",
-    "single_file": "the same in one file, for A1111, Forge, ComfyUI, SD.Next",
-    "lora": "for diffusers",
-    "kohya_lora": "for A1111, Forge, ComfyUI, SD.Next",
-    "bin": "the same for old tools",
-    "peft": "for PEFT: PeftModel.from_pretrained",
-    "contact_sheet": "before and after, to look at",
-    "tensorboard": "curves: tensorboard --logdir",
-    "card": "what it is and how to use it, for people",
-    "recipe": "the settings, for --config",
-    "hub": "on the Hugging Face Hub",
-}
+MOST_PICTURES = 5
 
 
 def follow(out: RichConsole, stream: Iterable[Said]) -> None:
     """Show the run; a bar on a terminal, a line now and then elsewhere."""
     view = _Bars(out) if out.is_terminal else _Lines(out)
     artifacts: list[events.Artifact] = []
-    finished: events.Finished | None = None
+    finished: events.Finished | events.Executed | None = None
     with view:
         for item in stream:
             match item:
@@ -56,13 +44,13 @@ def follow(out: RichConsole, stream: Iterable[Said]) -> None:
                 case events.Note(text=text, level=level):
                     out.print(f"[yellow]warning:[/] {escape(text)}" if level == "warning" else escape(text))
                 case events.Measure(name=name, step=step, value=value):
-                    out.print(f"  {name.replace('_', ' ')} after step {step}: {value:.4f}")
+                    out.print(f"  {escape(name.replace('_', ' '))} after step {step}: {value:.4f}")
                 case events.Artifact():
                     artifacts.append(item)
                 case events.Copy(path=path, outcome=outcome, why=why):
-                    said = f"{OUTCOMES[outcome]}  {escape(path)}" + (f"  {escape(why)}" if why else "")
-                    out.print(f"  {said}")
-                case events.Finished():
+                    said = OUTCOMES.get(outcome, escape(outcome))
+                    out.print(f"  {said}  {escape(path)}" + (f"  {escape(why)}" if why else ""))
+                case events.Finished() | events.Executed():
                     finished = item
                 case _:
                     view.show(item)
@@ -70,11 +58,16 @@ def follow(out: RichConsole, stream: Iterable[Said]) -> None:
         _result(out, finished, artifacts)
 
 
-def _result(out: RichConsole, finished: events.Finished, artifacts: list[events.Artifact]) -> None:
-    out.print(f"[bold green]Done[/] in {duration(finished.seconds)}, loss {finished.loss:.4f} at the end.")
+def _result(out: RichConsole, finished: events.Finished | events.Executed, artifacts: list[events.Artifact]) -> None:
+    if isinstance(finished, events.Finished):
+        how = f"loss {finished.loss:.4f} at the end"
+    else:
+        how = f"{count(finished.cells, 'cell')} run"
+        artifacts = _few_pictures(artifacts)
+    out.print(f"[bold green]Done[/] in {duration(finished.seconds)}, {how}.")
     width = max((len(artifact.path) for artifact in artifacts), default=0)
     for artifact in artifacts:
-        meaning = MEANING.get(artifact.kind, artifact.kind)
+        meaning = MEANING.get(artifact.kind, escape(artifact.kind))
         out.print(f"  {escape(artifact.path):<{width}}  [dim]{meaning}[/]")
     recipe = next((artifact.path for artifact in artifacts if artifact.kind == "recipe"), "")
     if recipe.startswith(BUCKETS):
@@ -83,6 +76,15 @@ def _result(out: RichConsole, finished: events.Finished, artifacts: list[events.
         out.print(
             f"Onto a share:     sdtune sync-nfs --from {folder} --nfs SERVER:/PATH=/mnt/nfs/NAME --network NETWORK"
         )
+
+
+def _few_pictures(artifacts: list[events.Artifact]) -> list[events.Artifact]:
+    """Where cells drew many pictures, their folder in place of them."""
+    pictures = [artifact for artifact in artifacts if artifact.kind == "picture"]
+    if len(pictures) <= MOST_PICTURES:
+        return artifacts
+    folder = events.Artifact(f"{len(pictures)} pictures that cells drew", pictures[0].path.rpartition("/")[0] + "/")
+    return [folder, *(artifact for artifact in artifacts if artifact.kind != "picture")]
 
 
 class _Figures(ProgressColumn):

@@ -12,7 +12,9 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from sdtune.backends.registry import open_provisioner
-from sdtune.cli.session import JsonOption, ProjectOption, open_placement
+from sdtune.cli.session import JsonOption, ProjectOption
+from sdtune.cli.terminal import Screen
+from sdtune.commands.gathering import open_placement
 from sdtune.jobs.images import bucket_of
 from sdtune.jobs.provisioner import Provisioned
 
@@ -41,7 +43,7 @@ def command(
     typed = {"project": project, "region": region, "repository": repository, "bucket": bucket}
     placement = open_placement({name: value for name, value in typed.items() if value})
     provisioner = open_provisioner(placement)
-    out = RichConsole(highlight=False, soft_wrap=True)
+    out = Screen()
     if dry_run:
         for resource in provisioner.resources():
             if json:

@@ -10,7 +10,7 @@ import typer
 from sdtune.cli.following import run_and_follow
 from sdtune.cli.options import parameters_of
 from sdtune.cli.session import JsonOption, open_session
-from sdtune.commands.sync_nfs import plan_sync_nfs
+from sdtune.commands.sync_nfs import NOT_FOR_COPIES, for_copies, plan_sync_nfs
 from sdtune.jobs.placement import Placement
 from sdtune.methods.catalog import METHODS
 
@@ -69,16 +69,6 @@ OPTIONS = {
     "json": JsonOption,
 }
 DEFAULTS = {"detach": False, "dry_run": False, "json": False}
-NOT_FOR_COPIES = (
-    "gpu", "gpus", "machine_type", "replicas", "strategy", "spot", "max_wait", "restart_on_preemption", "save_nfs",
-    "tensorboard", "bucket", "hf_token_secret", "wandb_key_secret",
-)  # fmt: skip
-"""Settings of a placement that are for training alone; a project's file may have them all the same."""
-
-
-def for_copies(placement: Placement) -> Placement:
-    """``placement`` without what is for training alone."""
-    return placement.model_copy(update={name: Placement.model_fields[name].default for name in NOT_FOR_COPIES})
 
 
 def sync_nfs(**arguments: Any) -> None:

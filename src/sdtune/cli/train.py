@@ -11,14 +11,15 @@ from typer.core import TyperGroup
 
 from sdtune.backends.registry import BACKENDS, open_builder
 from sdtune.cli.following import run_and_follow
-from sdtune.cli.options import parameters_of, read_config, typed_settings
+from sdtune.cli.options import parameters_of
 from sdtune.cli.sections import sectioned
-from sdtune.cli.session import JsonOption, Session, dataset_and_output, open_session
+from sdtune.cli.session import JsonOption, Session, open_session
 from sdtune.commands.build import image_note
+from sdtune.commands.gathering import dataset_and_output, read_config, typed_settings
 from sdtune.commands.train import plan_train
 from sdtune.jobs.placement import Placement
 from sdtune.methods.catalog import ALIASES, METHODS
-from sdtune.methods.fields import CommonFields, PublishFields
+from sdtune.methods.fields import CheckpointFields, CommonFields, PublishFields
 
 
 class Methods(TyperGroup):
@@ -57,12 +58,18 @@ def run(
     with console.checking() as progress:
         plan = plan_train(
             method, {**recipe, **typed_settings(method, arguments)}, dataset, output, session.backend,
-            placement=session.placement, mistakes=session.mistakes, overwrite=overwrite,
+            placement=session.placement, mistakes=session.mistakes, overwrite=overwrite, goes_on=True,
             progress=progress, show=console.ledger, remark=lambda container: remark(session, container),
         )  # fmt: skip
     console.plan(plan, session.backend.place)
     if dry_run:
         console.rendered(plan.rendered, session.backend)
+        return
+    if plan.earlier.finished:
+        console.say(
+            f"{plan.job.output} holds this run already, and it has finished; --overwrite trains it anew.",
+            output=plan.job.output,
+        )
         return
     run_and_follow(session, plan.job, plan.uploads, detach=detach)
 
@@ -95,7 +102,7 @@ JOB_OPTIONS = {
     "config": Annotated[
         Path | None, typer.Option("--config", help="YAML recipe; what is typed wins over it.", metavar="FILE")
     ],
-    "overwrite": Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the output folder.")],
+    "overwrite": Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever the output holds of a run.")],
     "detach": Annotated[bool, typer.Option("--detach", help="Submit the job and do not wait for it.")],
     "dry_run": Annotated[bool, typer.Option("--dry-run", help="Check, show what would run, and start nothing.")],
     "json": JsonOption,
@@ -126,9 +133,11 @@ def command(method: type[CommonFields]) -> Any:
 def sections(method: type[CommonFields]) -> dict[str, set[str]]:
     """The headings in the help of a method's command."""
     shown = set(PublishFields.model_fields)
+    kept = set(CheckpointFields.model_fields) & set(method.model_fields)
     return {
         "Job": set(JOB_OPTIONS),
-        "Training": set(method.model_fields) - shown,
+        "Training": set(method.model_fields) - shown - kept,
+        "Checkpoints": kept,
         "Publishing": shown,
         "Google Cloud, for jobs on Vertex AI": set(Placement.model_fields),
         "Options": {"help"},

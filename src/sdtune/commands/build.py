@@ -87,6 +87,8 @@ class BuildRun:
             started = BuildStarted(plan.spec.name, plan.spec.tag, self._builder.start(plan.rendered))
             self.started.append(started)
             yield started
+            if started.build.note:
+                yield events.Note(started.build.note, "warning")
         if not self._detach:
             yield from follow_builds(self._builder, [started.build.job_id for started in self.started])
 

@@ -36,8 +36,11 @@ class Mistakes:
             raise RecipeError("\n".join(str(error) for error in self.found))
 
 
-def free_output(output: str | None, backend: Backend, overwrite: bool) -> str:
-    """Where the result goes, as the training process will see it."""
+def free_output(output: str | None, backend: Backend, overwrite: bool, goes_on: bool = False) -> str:
+    """Where the result goes, as the training process will see it.
+
+    goes_on: what it holds of a run is looked at when the run is known.
+    """
     if not output:
         raise RecipeError("output: missing; give --output, the folder for the result.")
     target = backend.resolve(output)
@@ -46,7 +49,7 @@ def free_output(output: str | None, backend: Backend, overwrite: bool) -> str:
     if target.rpartition("/")[2] == "pytorch_lora_weights":
         raise RecipeError("output: a folder of this name would give both files of the result one name; choose another.")
     names = backend.list_names(target)
-    if RECIPE_FILE in names and not overwrite:
+    if RECIPE_FILE in names and not overwrite and not goes_on:
         raise RecipeError(f"output: {output} already holds a finished run; choose another --output or add --overwrite.")
     if names and not {RECIPE_FILE, MARK} & set(names):
         raise RecipeError(

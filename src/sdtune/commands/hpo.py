@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from sdtune.commands.checks import Mistakes
 from sdtune.commands.train import TrainingPlan, plan_train
 from sdtune.commands.validate import Progress
@@ -18,10 +16,11 @@ from sdtune.jobs.placement import Placement
 from sdtune.jobs.search_space import SearchSpace, search_space
 from sdtune.jobs.study import TRIALS_FOLDER, Study, StudyArchive, StudyBackend, StudyRecord, Trial
 from sdtune.jobs.study_settings import StudySettings
-from sdtune.methods.base import HELD_OUT_LOSS
+from sdtune.methods.base import HELD_OUT_LOSS, MORE, RECIPE
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.ledger import Ledger
+from sdtune.methods.settings import as_yaml
 
 BEST_FOLDER = "best"
 """Beside the trials: where a run of the winning recipe goes unless told."""
@@ -216,10 +215,11 @@ def trial_of(record: StudyRecord, trial: str) -> Trial:
 def winning_recipe(record: StudyRecord, trial: Trial) -> dict[str, Any]:
     """The settings of ``trial``, where its pictures are and where it ran, as a recipe that ``sdtune train`` runs."""
     options = {name: value for name, equals, value in (arg.partition("=") for arg in record.args) if equals}
-    if not record.method or "--recipe" not in options:
+    recipe = [arg for arg in record.args if arg.startswith((RECIPE, MORE))]
+    if not record.method or not recipe:
         raise JobError(f"study {record.number} was not made by sdtune, so its recipe is not known.")
     varied = [f"--{name}={value}" for name, value in trial.parameters.items()]
-    method = find_method(record.method).from_args([f"--recipe={options['--recipe']}", *varied])
+    method = find_method(record.method).from_args([*recipe, *varied])
     if record.seed_per_trial:
         # As the trial itself did.
         method = method.model_copy(update={"seed": (method.seed + int(trial.id)) % 2**32})
@@ -242,7 +242,7 @@ def recipe_text(record: StudyRecord, trial: Trial) -> str:
         f"# Its own result is at {record.folder_of(trial)}\n"
         f"# Train it again with: sdtune train {record.method} --config THIS_FILE\n"
     )
-    return head + str(yaml.safe_dump(winning_recipe(record, trial), sort_keys=False, allow_unicode=True))
+    return head + as_yaml(winning_recipe(record, trial))
 
 
 def _why_not(record: StudyRecord) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from sdtune.commands.running import JobFollower, Said
-from sdtune.errors import JobError
+from sdtune.errors import JobError, RecipeError
 from sdtune.jobs.archive import JobArchive, JobRecord
+from sdtune.jobs.durations import parse_duration
 
 
 def newest(archive: JobArchive) -> JobRecord:
@@ -37,3 +38,27 @@ def read_logs(
     yield from follower.watch(archive.read_logs(record.job_id, follow=follow, since=since, tail=tail, replica=replica))
     if follow or record.has_ended:
         follower.raise_if_failed(archive.wait(record.job_id))
+
+
+STATES = ("queued", "pending", "running", "succeeded", "failed", "cancelling", "cancelled", "paused", "expired")
+
+
+def known_state(state: str | None) -> str | None:
+    """As jobs have it. RecipeError: no job is ever in such a state."""
+    if state is not None and state.lower() not in STATES:
+        raise RecipeError(f"state: found {state!r}, wanted {' or '.join(STATES)}.")
+    return state and state.lower()
+
+
+def since_when(text: str | None) -> datetime | None:
+    """``2h`` ago, or a time; one without a zone is this machine's."""
+    if text is None:
+        return None
+    try:
+        if text[:4].isdigit() and "-" in text:
+            return datetime.fromisoformat(text).astimezone(UTC)
+        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
+    except ValueError:
+        raise RecipeError(
+            f"since: found {text!r}, wanted a duration such as 2h, or a time such as 2026-11-25T09:00."
+        ) from None

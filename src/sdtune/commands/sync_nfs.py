@@ -15,6 +15,12 @@ from sdtune.methods.base import MARK, RECIPE_FILE
 from sdtune.methods.catalog import find_method
 from sdtune.methods.places import in_bucket
 
+NOT_FOR_COPIES = (
+    "gpu", "gpus", "machine_type", "replicas", "strategy", "spot", "max_wait", "restart_on_preemption", "save_nfs",
+    "tensorboard", "bucket", "hf_token_secret", "wandb_key_secret",
+)  # fmt: skip
+"""Settings of a placement that are for training alone; a project's file may have them all the same."""
+
 
 @dataclass(frozen=True)
 class CopyPlan:
@@ -56,6 +62,11 @@ def plan_sync_nfs(
     shares = tuple(mount.place for mount in placement.mounts)
     job = plan_copy(address, name, shares, machine)
     return CopyPlan(address, name, shares, job, placement, backend.render(job))
+
+
+def for_copies(placement: Placement) -> Placement:
+    """``placement`` without what is for training alone."""
+    return placement.model_copy(update={name: Placement.model_fields[name].default for name in NOT_FOR_COPIES})
 
 
 def _models_at(source: str | None, method: str | None, backend: Backend) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sdtune.commands.checks import (
@@ -15,6 +15,7 @@ from sdtune.commands.checks import (
     files_below,
     free_output,
 )
+from sdtune.commands.earlier import Earlier, find_earlier
 from sdtune.commands.validate import Progress, look_at
 from sdtune.errors import DatasetError, RecipeError
 from sdtune.jobs.backend import Backend, Upload
@@ -33,7 +34,7 @@ class TrainingPlan:
     """A run that passed every check and can be started.
 
     ledger: None where the dataset could not be looked at. placement: None on this machine. notes: what the user
-    should know before it starts.
+    should know before it starts. earlier: what the output holds of it.
     """
 
     method: CommonFields
@@ -45,6 +46,7 @@ class TrainingPlan:
     placement: Placement | None
     notes: tuple[str, ...]
     rendered: dict[str, Any]
+    earlier: Earlier = field(default_factory=Earlier)
 
     @property
     def resolution(self) -> int | None:
@@ -70,13 +72,15 @@ def plan_train(
     placement: Placement | None = None,
     mistakes: Mistakes | None = None,
     overwrite: bool = False,
+    goes_on: bool = False,
     progress: Progress | None = None,
     show: Callable[[Ledger], None] | None = None,
     remark: Callable[[str], str | None] = lambda container: None,
 ) -> TrainingPlan:
     """The plan of one run. Writes nothing; raises one error that tells every mistake in settings, places and dataset.
 
-    placement: where in Google Cloud, for a backend there. mistakes: found before. progress: called with (images
+    placement: where in Google Cloud, for a backend there. mistakes: found before. goes_on: a run that was stopped goes
+    on, and one that has finished is no mistake; ``earlier`` says what there is. progress: called with (images
     checked, images in all); show: called with the ledger, also when it has errors. remark: what should be known of the
     image of a container.
     """
@@ -91,7 +95,7 @@ def plan_train(
     with mistakes:
         classes = _check_class_pictures(method, settings, backend)
     with mistakes:
-        target = free_output(output, backend, overwrite)
+        target = free_output(output, backend, overwrite, goes_on)
         check_apart(target, dataset, settings, backend)
     if placement:
         with mistakes:
@@ -141,10 +145,16 @@ def plan_train(
         sources["class_data_dir"] = reached(folder, files_of(classes), "datasets")
     recipe = recipe.model_copy(update=sources)
     shares = [mount.place for mount in placement.mounts] if placement and placement.save_nfs else []
-    job = plan_training(recipe, reached(dataset, files_of(ledger), "datasets"), target, machine, shares)
+    pictures = reached(dataset, files_of(ledger), "datasets")
+    earlier = Earlier()
+    if goes_on and not overwrite:
+        earlier = find_earlier(recipe, pictures, target, backend.list_names(target), backend)
+    job = plan_training(recipe, pictures, target, machine, shares, overwrite=overwrite)
     advice = memory_advice(recipe, base_model, machine.gpu) if machine and machine.gpu else None
     notes = tuple(note for note in (base_model.note, advice, remark(method.container)) if note)
-    return TrainingPlan(recipe, base_model, dataset, ledger, job, tuple(uploads), placement, notes, backend.render(job))
+    return TrainingPlan(
+        recipe, base_model, dataset, ledger, job, tuple(uploads), placement, notes, backend.render(job), earlier
+    )
 
 
 def machine_of(placement: Placement) -> Machine:

@@ -36,12 +36,16 @@ class StateChange:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A job that goes on by itself. number: what its commands call it; url: where a browser shows it."""
+    """A job that goes on by itself. number: what its commands call it; url: where a browser shows it.
+
+    note: what the user should know of how it came to be.
+    """
 
     job_id: str
     number: str
     region: str
     url: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,10 @@ class Backend(Protocol):
 
     def dataset(self, path: str) -> Source | None:
         """The files at ``path``; None if they cannot be looked at now."""
+        ...
+
+    def read(self, file: str) -> bytes | None:
+        """A small file, here or in a bucket; None if it cannot be looked at now. OSError: it cannot be read."""
         ...
 
     def list_names(self, folder: str) -> list[str]:

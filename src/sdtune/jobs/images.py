@@ -35,6 +35,8 @@ LARGEST_BUILD = 24 * 3600
 
 TRAINER = ("__init__.py", "errors.py", "events.py", "methods", "training")
 """What of the package trains, and with it nothing that launches."""
+LAUNCHER = ("__main__.py", "api", "backends", "cli", "commands", "jobs")
+"""The rest, which a notebook sends jobs with."""
 TRAINER_AT = "src/sdtune"
 """As in a checkout, so that the same Dockerfile builds from one."""
 MODEL = "examples/base-model"
@@ -43,7 +45,20 @@ BASES = "containers/base-images.yaml"
 """The images that these are built on, with the digests that their tags have had."""
 CARRIED = "sources"
 """The folder of the installed package that has what a checkout has around it."""
-OF_A_MODEL = (".json", ".txt", ".safetensors")
+OF_A_CONTAINER = (
+    "Dockerfile", "Dockerfile.dockerignore", "requirements.in", "requirements.txt", "workbench.txt", "launcher.txt",
+    "sd-scripts.in", "sd-scripts.txt", "SD_SCRIPTS_COMMIT",
+)  # fmt: skip
+OF_THE_TRAINER = re.compile(
+    r".+\.py|configs/clip/merges\.txt\.gz"
+    r"|configs/\w+/(?:model_index|(?:\w+/)(?:config|scheduler_config|tokenizer_config))\.json"
+)
+OF_A_MODEL = re.compile(
+    r"model_index\.json|(?:unet|vae|text_encoder)/(?:config\.json|(?:diffusion_pytorch_)?model\.safetensors)"
+    r"|scheduler/scheduler_config\.json"
+    r"|tokenizer/(?:tokenizer_config\.json|special_tokens_map\.json|vocab\.json|merges\.txt|tokenizer\.json)"
+)
+"""All that is uploaded for a build. What else lies there, notes or keys, stays where it is; so does what is a link."""
 
 
 def _spelled(value: Any) -> Any:
@@ -130,7 +145,7 @@ def source_root() -> Path:
     return carried if carried.is_dir() else package.parents[1]
 
 
-def find_source(container: str, root: Path | None = None) -> Source:
+def find_source(container: str, root: Path | None = None, target: Target = "train") -> Source:
     """The files of one image. ProjectError: this installation does not have them."""
     root = root or source_root()
     dockerfile = root / "containers" / container / "Dockerfile"
@@ -139,15 +154,16 @@ def find_source(container: str, root: Path | None = None) -> Source:
     package = Path(sdtune.__file__).parent
     bases = root / BASES
     found = [(BASES, bases)] if bases.is_file() else []
-    found += [(f"containers/{container}/{name}", path) for name, path in _below(root / "containers" / container)]
-    for part in TRAINER:
+    folder = root / "containers" / container
+    found += [(f"containers/{container}/{name}", path) for name, path in _below(folder) if name in OF_A_CONTAINER]
+    for part in (*TRAINER, *LAUNCHER) if target == "workbench" else TRAINER:
         at = package / part
         found += (
             [(f"{TRAINER_AT}/{part}", at)]
             if at.is_file()
-            else [(f"{TRAINER_AT}/{part}/{name}", path) for name, path in _below(at)]
+            else [(f"{TRAINER_AT}/{part}/{name}", path) for name, path in _below(at) if OF_THE_TRAINER.fullmatch(name)]
         )
-    found += [(f"{MODEL}/{name}", path) for name, path in _below(root / MODEL) if path.suffix in OF_A_MODEL]
+    found += [(f"{MODEL}/{name}", path) for name, path in _below(root / MODEL) if OF_A_MODEL.fullmatch(name)]
     return Source(tuple(sorted(found)))
 
 
@@ -182,10 +198,11 @@ def record_bases(used: Iterable[str], root: Path | None = None) -> list[str]:
 
 
 def _below(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files in ``folder`` by their path in it, without what Python and desktops leave there."""
+    """The files in ``folder`` by their path in it, without links, and without what Python and desktops leave there."""
     for path in folder.rglob("*"):
         name = PurePosixPath(path.relative_to(folder).as_posix())
-        if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in name.parts):
+        linked = any(at.is_symlink() for at in (path, *path.parents) if at.is_relative_to(folder) and at != folder)
+        if path.is_file() and not linked and not any(part.startswith((".", "__pycache__")) for part in name.parts):
             yield str(name), path
 
 
@@ -241,7 +258,8 @@ def plan_image(container: str, target: Target, placement: Placement, root: Path 
     if container not in CONTAINERS:
         raise RecipeError(f"there is no image {container!r}; there are: {', '.join(CONTAINERS)}.")
     address = placement.model_copy(update={"image": None}).image_of(container)
-    return ImageSpec(container, target, address.rpartition("/")[0], find_source(container, root), pinned_bases(root))
+    source = find_source(container, root, target)
+    return ImageSpec(container, target, address.rpartition("/")[0], source, pinned_bases(root))
 
 
 def bucket_of(placement: Placement) -> str:

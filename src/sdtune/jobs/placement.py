@@ -16,14 +16,15 @@ from sdtune import __version__
 from sdtune.errors import RecipeError
 from sdtune.jobs.durations import Duration
 from sdtune.jobs.mounts import NfsMount, parse_mount
-from sdtune.methods.places import in_bucket
+from sdtune.methods.passwords import TOKENS
+from sdtune.methods.places import BUCKETS, MOUNT, in_bucket
 from sdtune.methods.settings import Settings
 
 Strategy = Literal["on-demand", "spot", "flex-start"]
 _LABEL_KEY = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LABEL_VALUE = re.compile(r"[a-z0-9_-]{0,63}")
-_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIALS", re.IGNORECASE)
-_SECRET_VALUES = re.compile(r"(hf|ghp|wandb)_\w{10,}|ya29\..+|sk-\w{10,}|[0-9a-f]{40}")
+_SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS|NETRC", re.IGNORECASE)
+_WANDB_KEY = re.compile(r"[0-9a-f]{40}", re.IGNORECASE)
 
 
 def _listed(value: Any) -> Any:
@@ -207,7 +208,7 @@ class Placement(Settings):
         if value is None:
             return None
         try:
-            return in_bucket(value if "/" in value else f"gs://{value}")
+            return in_bucket(value if value.startswith((BUCKETS, f"{MOUNT}/")) else f"{BUCKETS}{value}")
         except RecipeError as error:
             raise ValueError(str(error)) from None
 
@@ -276,6 +277,8 @@ class Placement(Settings):
                 raise ValueError(
                     f"found {key}={value}, wanted key and value of at most 63 lower-case letters, digits, '_' and '-'."
                 )
+            if _SECRET_NAMES.search(key) or TOKENS.search(value):
+                raise ValueError(f"{key} looks like a secret, and everybody who may see the job would read its labels.")
             if key == "sdtune" or key.startswith("sdtune-"):
                 raise ValueError(f"found {key}; labels that begin with sdtune are sdtune's own.")
         return pairs
@@ -286,7 +289,7 @@ class Placement(Settings):
         for name, value in map(_pair, pairs):
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"found {name!r}, wanted a name of letters, digits and '_'.")
-            if _SECRET_NAMES.search(name) or _SECRET_VALUES.fullmatch(value):
+            if _SECRET_NAMES.search(name) or _is_a_token(value):
                 raise ValueError(
                     f"{name} looks like a secret, and everybody who may see the job would read it; keep it in Secret "
                     "Manager and give --hf-token-secret or --wandb-key-secret."
@@ -296,7 +299,7 @@ class Placement(Settings):
     @field_validator("hf_token_secret", "wandb_key_secret")
     @classmethod
     def _is_a_secret(cls, value: str | None) -> str | None:
-        if value and _SECRET_VALUES.fullmatch(value):
+        if value and _is_a_token(value):
             raise ValueError(
                 "found what looks like the token itself; wanted the name under which Secret Manager keeps it."
             )
@@ -350,6 +353,16 @@ class Placement(Settings):
                 "run: gcloud config set project ID"
             )
         return self
+
+
+def is_token(text: str) -> bool:
+    """Whether a text looks like a token or key, which has no place where others may read."""
+    return bool(TOKENS.search(text))
+
+
+def _is_a_token(text: str) -> bool:
+    # A key of Weights & Biases is 40 hexadecimal digits, as a commit is, which a text may well name.
+    return is_token(text) or bool(_WANDB_KEY.fullmatch(text))
 
 
 def _pair(text: str) -> tuple[str, str]:

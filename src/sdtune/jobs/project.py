@@ -16,16 +16,33 @@ import yaml
 
 from sdtune.errors import RecipeError
 from sdtune.jobs.placement import Placement
-from sdtune.methods.settings import read_settings
+from sdtune.methods.settings import as_yaml, read_settings
 
 PROJECT_FILE = "sdtune.yaml"
 PREFIX = "SDTUNE_"
 
 
 def find_project_file(start: Path | None = None) -> Path | None:
-    """The nearest ``sdtune.yaml``: in ``start`` (the current folder), or in a folder above it."""
+    """The nearest ``sdtune.yaml``: in ``start`` (the current folder), or in a folder above it.
+
+    RecipeError: it is another user's, as one in /tmp may be: it would say where your files go, and as whom jobs act.
+    """
     folder = (start or Path.cwd()).resolve()
-    return next((file for at in (folder, *folder.parents) if (file := at / PROJECT_FILE).is_file()), None)
+    found = next((file for at in (folder, *folder.parents) if (file := at / PROJECT_FILE).is_file()), None)
+    if found and _owner(found) not in (0, _user(), _owner(folder)):
+        raise RecipeError(
+            f"{found}: belongs neither to you nor to whom {folder} belongs, and would say where your files go; make "
+            "one of your own in this folder (sdtune init), or go to another."
+        )
+    return found
+
+
+def _owner(path: Path) -> int:
+    return path.stat().st_uid
+
+
+def _user() -> int:
+    return os.getuid()
 
 
 def read_project_file(path: Path | None, more: Collection[str] = ()) -> dict[str, Any]:
@@ -67,7 +84,7 @@ def gcloud_defaults(environment: Mapping[str, str] = os.environ) -> dict[str, An
     try:
         active = environment.get("CLOUDSDK_ACTIVE_CONFIG_NAME") or (folder / "active_config").read_text().strip()
         configuration.read(folder / "configurations" / f"config_{active or 'default'}", encoding="utf-8")
-    except (OSError, UnicodeDecodeError, configparser.Error):
+    except (OSError, ValueError, configparser.Error):
         pass
     if project := project or configuration.get("core", "project", fallback=""):
         found["project"] = project
@@ -97,7 +114,7 @@ def project_file_text(settings: Mapping[str, Any]) -> str:
     for name, info in Placement.model_fields.items():
         lines += ["", *(f"# {line}" for line in textwrap.wrap(info.description or "", 100))]
         if name in settings:
-            lines += yaml.safe_dump({name: settings[name]}, allow_unicode=True).splitlines()
+            lines += as_yaml({name: settings[name]}).rstrip("\n").split("\n")
         else:
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             example = EXAMPLES.get(name, extra.get("default", info.default))

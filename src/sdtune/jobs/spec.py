@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sdtune.jobs.machines import Machine
 from sdtune.methods.base import Method
+from sdtune.methods.notebooks import SUFFIX, as_argument
+
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def new_run_id() -> str:
@@ -19,7 +24,7 @@ def new_run_id() -> str:
 class JobSpec:
     """What every backend starts. ``args`` is cargo: no backend reads or changes it.
 
-    task: ``train`` or ``sync-nfs``. method: empty where a task has none. machine: None on this machine.
+    task: ``train``, ``sync-nfs`` or ``notebook``. method: empty where a task has none. machine: None on this machine.
     """
 
     name: str
@@ -33,17 +38,28 @@ class JobSpec:
 
 
 def plan_training(
-    method: Method, dataset: str, output: str, machine: Machine | None = None, nfs: Sequence[str] = ()
+    method: Method,
+    dataset: str,
+    output: str,
+    machine: Machine | None = None,
+    nfs: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
 ) -> JobSpec:
-    """The run of ``method`` on ``dataset``; all places as the training process will see them."""
+    """The run of ``method`` on ``dataset``; all places as the training process will see them.
+
+    overwrite: begin anew whatever the output holds. A job that is started again by its place has the same arguments
+    and must go on all the same, so they say which time of asking this is.
+    """
     shares = [f"--nfs={place}" for place in nfs]
+    anew = [f"--overwrite={new_run_id()}"] if overwrite else []
     return JobSpec(
         name=output.rstrip("/").rpartition("/")[2],
         task="train",
         method=method.name,
         container=method.container,
         output=output,
-        args=("train", method.name, f"--dataset={dataset}", f"--output={output}", *shares, *method.to_args()),
+        args=("train", method.name, f"--dataset={dataset}", f"--output={output}", *shares, *anew, *method.to_args()),
         machine=machine,
     )
 
@@ -58,5 +74,30 @@ def plan_copy(source: str, method: str | None, nfs: Sequence[str], machine: Mach
         container="diffusers",
         output=source,
         args=("sync-nfs", f"--from={source}", *named, *(f"--nfs={place}" for place in nfs)),
+        machine=machine,
+    )
+
+
+def plan_notebook(
+    notebook: str,
+    output: str,
+    parameters: Mapping[str, Any],
+    *,
+    container: str = "diffusers",
+    kernel: str | None = None,
+    cell_timeout: int | None = None,
+    machine: Machine | None = None,
+) -> JobSpec:
+    """The run of a notebook with ``parameters``; both places as the runner will see them. cell_timeout: seconds."""
+    optional = [f"--kernel={kernel}"] if kernel else []
+    optional += [f"--cell-timeout={cell_timeout}"] if cell_timeout is not None else []
+    given = [f"--parameters={as_argument(parameters)}"] if parameters else []
+    return JobSpec(
+        name=notebook.rpartition("/")[2].removesuffix(SUFFIX),
+        task="notebook",
+        method="",
+        container=container,
+        output=output,
+        args=("notebook", f"--notebook={notebook}", f"--output={output}", *optional, *given),
         machine=machine,
     )

@@ -1,7 +1,8 @@
 """``python -m sdtune.training train METHOD --dataset=... --output=... --recipe=...``: the entry point of containers.
 
 Tells events on standard output (``sdtune.events``) and ends with 0 only if the result exists. A second task copies
-models to NFS shares: ``python -m sdtune.training sync-nfs --from=... --nfs=...``.
+models to NFS shares: ``python -m sdtune.training sync-nfs --from=... --nfs=...``; a third runs a notebook:
+``python -m sdtune.training notebook --notebook=... --output=...``.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sdtune import events
-from sdtune.errors import INTERRUPTED, PublishError, RecipeError, SdtuneError, TrainingError
+from sdtune.errors import INTERRUPTED, TERMINATED, PublishError, RecipeError, SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
-from sdtune.training import interrupts, nfs
+from sdtune.methods.resuming import Asked
+from sdtune.training import interrupts, nfs, notebook
 from sdtune.training.components.fetch import fetch_drawn, folder_here
-from sdtune.training.components.store import in_store
 from sdtune.training.destinations import Destinations, destinations, find_output, folder_of_run
-from sdtune.training.hypertune import output_of_trial, seed_of_trial, trial_id
+from sdtune.training.hypertune import open_reports, output_of_trial, seed_of_trial, trial_id
 from sdtune.training.launch import (
     Machines,
     find_machines,
@@ -34,6 +35,7 @@ from sdtune.training.launch import (
     number_of_gpus,
     run_in_processes,
 )
+from sdtune.training.restarts import Beginning, FinishedError, files_of_dataset, find_beginning
 from sdtune.training.secrets import read_secrets
 
 if TYPE_CHECKING:
@@ -45,11 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     job, settings = _parser().parse_known_args(words)
     try:
-        return train(job, settings, words) if job.task == "train" else sync_nfs(job, settings)
+        match job.task:
+            case "train":
+                return train(job, settings, words)
+            case "notebook":
+                return notebook.run_notebook(job, settings)
+            case _:
+                return sync_nfs(job, settings)
     except SdtuneError as error:
         return fail(error)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return interrupts.exit_code()
     except Exception as error:  # noqa: BLE001
         # Not one of ours, so the traceback is what a report needs; the launcher shows the last line on its own.
         traceback.print_exc()
@@ -72,10 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         "--trials", action="store_true", help="a trial of a search: the output is OUTPUT/trials/CLOUD_ML_TRIAL_ID"
     )
     job.add_argument("--seed-per-trial", action="store_true", help="with --trials: CLOUD_ML_TRIAL_ID is added to seed")
+    job.add_argument(
+        "--overwrite", metavar="TOKEN", help="begin anew, unless what the output holds was begun with the same token"
+    )
     copy = tasks.add_parser("sync-nfs", allow_abbrev=False)
     copy.add_argument("--from", dest="source", required=True, help="the output of a run: gs://bucket/path, or a folder")
     copy.add_argument("--method", help="the folder on the share; not given: as the run's recipe says")
     copy.add_argument("--nfs", action="append", required=True, help="where a share is mounted; repeatable")
+    notebook.add_arguments(tasks)
     return parser
 
 
@@ -91,7 +103,7 @@ def train(job: argparse.Namespace, settings: Sequence[str], words: Sequence[str]
     # Where Vertex AI named the output, it is the trial's own already.
     if job.trials and job.output:
         output = output_of_trial(output, trial_id())
-    wanted = destinations(output, job.nfs)
+    wanted = destinations(output, job.nfs, named=job.output is not None)
     if is_first():
         nfs.check_shares(wanted.shares)
     # Before torch is imported: what is missing here is told at once.
@@ -103,9 +115,8 @@ def train(job: argparse.Namespace, settings: Sequence[str], words: Sequence[str]
         raise RecipeError(
             f"{method.name} trains on one machine, and there are {machines.count}; use one with more GPUs."
         )
+    interrupts.listen()
     with folder_of_run(output) as folder:
-        if wanted.address or in_store(job.dataset):
-            interrupts.listen()
         dataset = folder_here(job.dataset, "dataset")
         class_data_dir = getattr(method, "class_data_dir", None)
         if class_data_dir:
@@ -115,11 +126,38 @@ def train(job: argparse.Namespace, settings: Sequence[str], words: Sequence[str]
         processes = job.processes or number_of_gpus()
         # kohya's trainer starts them itself, in another Python.
         several = method.container == "diffusers" and (processes > 1 or machines.count > 1)
+        together = int(os.environ["WORLD_SIZE"]) if is_one_of_several() else processes * machines.count
+        beside = {"processes": together, "dataset's files": files_of_dataset(dataset)}
+        asked = Asked(job.dataset, job.overwrite, beside)
+        try:
+            beginning = find_beginning(method, asked, folder.path, wanted, decided=is_one_of_several())
+        except FinishedError as found:
+            return already_finished(found, method, wanted)
         if several and not is_one_of_several():
             code = run_in_processes(processes, words, machines)
             folder.kept = code == PublishError.exit_code
             return code
-        run_training(method, dataset, folder.path, hub, processes, wanted)
+        run_training(method, dataset, folder.path, hub, processes, wanted, beginning)
+    return 0
+
+
+def already_finished(found: FinishedError, method: CommonFields, to: Destinations) -> int:
+    """Say that there is nothing to do, and say again what the run said at its end; the exit code.
+
+    PublishError: the result was to be published then, and that failed.
+    """
+    if (method.push_to_hub or to.shares) and not found.published:
+        raise PublishError(
+            f"{found} It could not be published then: copy it to shares with sdtune sync-nfs, to the Hub with "
+            "hf upload."
+        )
+    if reports := open_reports(method):
+        for measure in found.measures:
+            reports.report(measure.name, measure.value, measure.step)
+    events.emit(events.Note(str(found)))
+    for measure in found.measures:
+        events.emit(measure)
+    events.emit(found.finished)
     return 0
 
 
@@ -148,6 +186,7 @@ def run_training(
     hub: HubRepository | None = None,
     processes: int = 1,
     destinations: Destinations | None = None,
+    beginning: Beginning | None = None,
 ) -> None:
     """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
     # Read when these libraries are imported: their hints on every start would drown the run's own words.
@@ -160,15 +199,14 @@ def run_training(
     from sdtune.training.run import Run
 
     trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
-    with Run.open(method, dataset, output, hub, processes, destinations) as run:
+    with Run.open(method, dataset, output, hub, processes, destinations, beginning) as run:
         trainer.train(method, run)
 
 
 def out_of_memory(error: Exception) -> TrainingError | None:
     """The error in the user's terms if the GPU's memory ran out, else None."""
-    import torch
-
-    if not isinstance(error, torch.cuda.OutOfMemoryError):
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, torch.cuda.OutOfMemoryError):
         return None
     return TrainingError(
         "the GPU ran out of memory. What helps, most first: --train-batch-size 1 with "
@@ -183,5 +221,15 @@ def fail(error: SdtuneError) -> int:
     return error.exit_code
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; at once where a signal has stopped it: all is closed by then, and Python would take seconds to
+    take torch apart while a machine is being taken away."""
+    if code in (INTERRUPTED, TERMINATED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

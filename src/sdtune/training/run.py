@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from PIL import Image
@@ -24,9 +21,13 @@ from PIL import Image
 from sdtune import __version__, events
 from sdtune.errors import PublishError, TrainingError
 from sdtune.methods.base import HELD_OUT_LOSS, MARK, RECIPE_FILE
-from sdtune.methods.fields import CommonFields
+from sdtune.methods.fields import CheckpointFields, CommonFields
+from sdtune.methods.resuming import CHECKPOINTS, Asked
+from sdtune.methods.settings import as_yaml
 from sdtune.training import interrupts, nfs
+from sdtune.training.checkpoints import Checkpoints
 from sdtune.training.components.base_facts import base_facts
+from sdtune.training.components.checkpoint_store import CheckpointStore, Uploads
 from sdtune.training.components.files import publish
 from sdtune.training.components.model_card import CARD_FILE, CardFacts, Record, model_card
 from sdtune.training.components.processes import Share
@@ -34,11 +35,20 @@ from sdtune.training.destinations import Destinations
 from sdtune.training.hub import HubRepository, published_names
 from sdtune.training.hypertune import Reports, open_reports
 from sdtune.training.outbox import CURVES, Outbox
-from sdtune.training.results import files_in_mark, files_of, remove_result, write_mark
+from sdtune.training.restarts import Beginning
+from sdtune.training.results import (
+    LOGS,
+    SAMPLES,
+    facts_of,
+    files_in_mark,
+    files_of,
+    remove_result,
+    remove_what_was_drawn,
+    was_drawn,
+    write_mark,
+)
 from sdtune.training.trackers import Trackers, open_trackers
 
-LOGS = "logs"
-SAMPLES = "samples"
 MOST_WAITING = timedelta(hours=2)
 """The other processes wait while the first draws samples or class pictures."""
 
@@ -50,12 +60,14 @@ class Run:
     output: a folder of this machine. destinations: where its files go from there. outbox: takes them to a bucket.
     opened: what is closed when the run ends. processes: so many train together, one for each GPU.
     not_ours: files that lay in ``output`` before the result. reports: to the search that this is a trial of.
+    checkpoints: what of it outlives its processes.
     """
 
     dataset: Path
     output: Path
     accelerator: Any
     opened: ExitStack
+    checkpoints: Checkpoints
     hub: HubRepository | None = None
     processes: int = 1
     destinations: Destinations = field(default_factory=Destinations)
@@ -78,10 +90,11 @@ class Run:
         hub: HubRepository | None = None,
         processes: int = 1,
         destinations: Destinations | None = None,
+        beginning: Beginning | None = None,
     ) -> Iterator[Run]:
         """A run that writes to ``output``, in which nothing of an earlier run is touched before it has begun.
 
-        hub: where the result is uploaded to.
+        hub: where the result is uploaded to. beginning: where the run begins; not given, anew.
         """
         interrupts.listen()
         for library in (diffusers, transformers):
@@ -94,12 +107,20 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=MOST_WAITING)],
         )
         with ExitStack() as opened:
-            run = cls(dataset, output, accelerator, opened, hub, processes, destinations or Destinations())
+            to = destinations or Destinations()
+            checkpoints = Checkpoints(
+                method, beginning or Beginning(Asked(str(dataset))), output / CHECKPOINTS,
+                Share(accelerator.process_index, accelerator.num_processes), accelerator.device,
+                str(accelerator.mixed_precision),
+            )  # fmt: skip
+            run = cls(dataset, output, accelerator, opened, checkpoints, hub, processes, to)
+            checkpoints.tell, checkpoints.told = run.tell, run.told
+            checkpoints.agree()
             if run.is_first:
                 with _writing(output):
                     output.mkdir(parents=True, exist_ok=True)
-                    run._open_outboxes()
-                    write_mark(output, files_in_mark(output))
+                    run._open_outboxes(method)
+                    write_mark(output, files_in_mark(output), facts_of(output))
                 if run.outbox:
                     run.outbox.send_now(MARK)
                 run.reports = open_reports(method)
@@ -107,7 +128,14 @@ class Run:
             # Not after an error: the others may hang in an exchange that will not come.
             accelerator.end_training()
 
-    def _open_outboxes(self) -> None:
+    def _open_outboxes(self, method: CommonFields) -> None:
+        if self.destinations.checkpoints:
+            store = CheckpointStore(self.destinations.checkpoints)
+            limit = method.checkpoints_total_limit if isinstance(method, CheckpointFields) else 1
+            uploads = Uploads(
+                store, self.checkpoints.folder, limit, lambda text: events.emit(events.Note(text, "warning"))
+            )
+            self.checkpoints.uploads = self.opened.enter_context(uploads)
         if self.destinations.address:
             self.outbox = self.opened.enter_context(Outbox(self.output, self.destinations.address))
             self.outbox.fetch_mark()
@@ -116,17 +144,48 @@ class Run:
             self.curves = self.opened.enter_context(curves)
 
     def begin(self, method: CommonFields) -> None:
-        """Everything has proved right: what an earlier run left here of recipe, samples and curves makes room."""
+        """Everything has proved right: what an earlier run left here of recipe, samples and curves makes room.
+
+        A run that goes on keeps what it has drawn.
+        """
+        earlier = self.checkpoints.goes_on
+        if earlier:
+            self._remember(earlier.told)
         if self.is_first:
             if self.outbox:
                 self.outbox.remove([RECIPE_FILE])
-                self.outbox.remove(filter(_was_drawn, self.outbox.names()))
+                if not earlier:
+                    self.outbox.remove(filter(was_drawn, self.outbox.names()))
             with _writing(self.output):
                 # Until this run has ended, the folder holds no finished one.
                 (self.output / RECIPE_FILE).unlink(missing_ok=True)
-                _remove_what_was_drawn(self.output)
+                if not earlier:
+                    remove_what_was_drawn(self.output)
+                self.checkpoints.begin()
                 self.opened.enter_context(self.drawing)
-                self.trackers = self.drawing.enter_context(open_trackers(method, self.output / LOGS, self.output.name))
+                self.trackers = self.drawing.enter_context(
+                    open_trackers(method, self.output / LOGS, self.output.name, earlier.step if earlier else 0)
+                )
+
+    def told(self) -> dict[str, Any]:
+        """What a run that goes on must know of what was told before."""
+        return {
+            "measures": [asdict(measure) for measure in self.record.measures],
+            "samples": {str(step): drawn for step, drawn in self.record.samples.items()},
+            "seconds": time.time() - self.started,
+        }
+
+    def _remember(self, told: Mapping[str, Any]) -> None:
+        """The reverse of ``told``; of samples, as far as their pictures are still to be had."""
+        self.started -= told["seconds"]
+        self.record.measures = [events.Measure(**measure) for measure in told["measures"]]
+        drawn: dict[int, dict[str, list[str]]] = {int(step): rows for step, rows in told["samples"].items()}
+        for step, rows in drawn.items():
+            names = [name for row in rows.values() for name in row]
+            if self.outbox:
+                self.outbox.bring(names)
+            if all((self.output / name).is_file() for name in names):
+                self.record.samples[step] = rows
 
     @property
     def device(self) -> torch.device:
@@ -231,15 +290,35 @@ class Run:
         publish them with the result where asked, and say so."""
         self.tell(events.Artifact("tensorboard", str(self.output / LOGS)))
         self._save_card(method, loss)
-        result = files_of(self.output, self.record.files)
-        write_mark(self.output, [name for name in result if self.output / name not in (self.not_ours or ())])
+        finished = events.Finished(self._seconds(), method.max_train_steps, loss, change)
+        self._mark(finished)
         self._upload_all()
         self._save_recipe(method)
         if self.outbox:
             self.outbox.finish()
+        self.checkpoints.finish()
         self._publish(method)
-        seconds = round(time.time() - self.started, 1)
-        self.tell(events.Finished(seconds=seconds, steps=method.max_train_steps, loss=loss, change=change))
+        if self.hub or self.destinations.shares:
+            self._mark(finished, published=True)
+        self.tell(replace(finished, seconds=self._seconds()))
+
+    def _seconds(self) -> float:
+        return round(time.time() - self.started, 1)
+
+    def _mark(self, finished: events.Finished, *, published: bool = False) -> None:
+        """Which files the result has, and what a process needs to know that starts the same run again."""
+        result = files_of(self.output, self.record.files)
+        measures = {measure.name: asdict(measure) for measure in self.record.measures}
+        write_mark(
+            self.output,
+            [name for name in result if self.output / name not in (self.not_ours or ())],
+            {
+                **self.checkpoints.facts(), "finished": asdict(finished), "measures": list(measures.values()),
+                "published": published,
+            },
+        )  # fmt: skip
+        if published and self.outbox:
+            self.outbox.send_now(MARK)
 
     def _upload_all(self) -> None:
         """Wait until everything but the recipe is in the bucket."""
@@ -297,8 +376,7 @@ class Run:
         used = {"method": method.name, **method.recipe()}
         text = (
             f"# What sdtune {__version__} trained {self.output.name!r} with. Train the same again with\n"
-            f"#   sdtune train {method.name} --config recipe.yaml --dataset DIR --output DIR\n"
-            + yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
+            f"#   sdtune train {method.name} --config recipe.yaml --dataset DIR --output DIR\n" + as_yaml(used)
         )
         self._save_text("recipe", RECIPE_FILE, text)
 
@@ -323,20 +401,3 @@ def _writing(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(f"output: {output} cannot be written ({error}); choose another --output.") from None
-
-
-def _was_drawn(name: str) -> bool:
-    """A curve, a sample or the card, by its name in a bucket."""
-    top, _, rest = name.partition("/")
-    return name == CARD_FILE or (
-        fnmatch(rest, CURVES) and "/" not in rest if top == LOGS else top == SAMPLES and fnmatch(rest, "step-*/*")
-    )
-
-
-def _remove_what_was_drawn(output: Path) -> None:
-    """The curves, samples and card of an earlier run, and nothing else that may lie there."""
-    (output / CARD_FILE).unlink(missing_ok=True)
-    for curve in (output / LOGS).glob(CURVES):
-        curve.unlink()
-    for drawn in (output / SAMPLES).glob("step-*"):
-        shutil.rmtree(drawn)

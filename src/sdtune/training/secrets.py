@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sdtune.errors import ProjectError
+from sdtune.methods.passwords import without_passwords
 
 SECRETS = {"HF_TOKEN_SECRET": "HF_TOKEN", "WANDB_API_KEY_SECRET": "WANDB_API_KEY"}
 """In the environment: the name of a secret's version, and the variable that its content becomes."""
@@ -103,7 +104,7 @@ def _session() -> tuple[str, Any]:
     from google.auth.transport.requests import AuthorizedSession
 
     credentials, _ = google.auth.default(scopes=[SCOPE])
-    return SERVICE, AuthorizedSession(credentials)
+    return SERVICE, without_passwords(AuthorizedSession(credentials))
 
 
 def _is_loopback(host: str) -> bool:

@@ -39,7 +39,7 @@ LAST_LINES = 40
 MODULES = ("sdtune.methods", "sdtune.training")
 """With all that is in them."""
 LIBRARIES = (
-    "bitsandbytes", "google.cloud.storage", "lion_pytorch", "prodigyopt", "pyarrow.parquet",
+    "bitsandbytes", "google.cloud.storage", "ipykernel.kernelapp", "lion_pytorch", "prodigyopt", "pyarrow.parquet",
     "torch.utils.tensorboard", "wandb",
 )  # fmt: skip
 """What those import late. What sd-scripts imports, it imports when it trains."""
