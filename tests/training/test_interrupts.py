@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
+from sdtune.errors import TrainingError
 from sdtune.training import interrupts
+from sdtune.training.__main__ import main
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +78,16 @@ def test_nothing_happens_without_one() -> None:
     with interrupts.held(), interrupts.let_through():
         pass
     assert not interrupts.wanted()
+
+
+def test_an_error_after_a_signal_is_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors, which takes an interrupt while it reads for an error of its own."""
+
+    def swallowing(*_: object) -> int:
+        interrupts.listen()
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise TrainingError("the model is not whole")
+
+    monkeypatch.setattr("sdtune.training.__main__.train", swallowing)
+    assert main(["train", "dreambooth-lora", "--dataset=d"]) == 143

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; its exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     job, settings = _parser().parse_known_args(words)
+    interrupts.forget()
     try:
         match job.task:
             case "train":
@@ -55,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             case _:
                 return sync_nfs(job, settings)
     except SdtuneError as error:
-        return fail(error)
+        return interrupts.exit_code() if interrupts.wanted() else fail(error)
     except KeyboardInterrupt:
         return interrupts.exit_code()
     except Exception as error:  # noqa: BLE001
+        if interrupts.wanted():
+            return interrupts.exit_code()
         # Not one of ours, so the traceback is what a report needs; the launcher shows the last line on its own.
         traceback.print_exc()
         unexpected = TrainingError(f"unexpected {type(error).__name__}: {error}. The traceback is in the log above.")

@@ -14,8 +14,7 @@ _came: int | None = None
 
 def listen() -> None:
     """From now on both signals raise KeyboardInterrupt in the main thread, so that what is open is closed."""
-    global _came
-    _came = None
+    forget()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
 
@@ -49,8 +48,15 @@ def let_through() -> Iterator[None]:
         _holders = before
 
 
+def forget() -> None:
+    """None has come yet."""
+    global _came
+    _came = None
+
+
 def wanted() -> bool:
-    """A signal has come."""
+    """A signal has come. An error after it may be the interrupt itself: safetensors takes one that comes while it reads
+    for an error of its own."""
     return _came is not None
 
 
