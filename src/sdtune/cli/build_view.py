@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -17,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sdtune import events
+from sdtune.cli.json_lines import json_line
 from sdtune.cli.terminal import Screen
 from sdtune.commands.build import BuildPlan, BuildStarted, ImageFound, Told
-from sdtune.commands.words import duration
+from sdtune.commands.words import age, duration
 from sdtune.jobs.backend import StateChange, Submitted
 from sdtune.jobs.builder import BuildEnd, Builder, ImageRecord, StepChange, StepLine
 
@@ -30,7 +30,7 @@ def follow(stream: Iterable[Told], *, as_json: bool, region: str) -> None:
     """Show builds as they go; on a terminal the steps stay below the log, with their times."""
     if as_json:
         for item in stream:
-            _line(**_fields(item))
+            json_line(**_fields(item))
         return
     out = _out()
     steps = _Steps(out)
@@ -74,7 +74,7 @@ def plans(builder: Builder, planned: Iterable[BuildPlan], *, as_json: bool) -> N
     """What would be sent, for ``--dry-run``: a file for gcloud, or several, parted as YAML parts documents."""
     for number, plan in enumerate(planned):
         if as_json:
-            _line("dry_run", image=plan.spec.name, tag=plan.spec.tag, build=plan.rendered)
+            json_line("dry_run", image=plan.spec.name, tag=plan.spec.tag, build=plan.rendered)
             continue
         # Nothing but the file: it can be sent on as it is.
         sys.stdout.write(("---\n" if number else "") + builder.as_text(plan.rendered) + "\n")
@@ -89,11 +89,11 @@ def images(records: Iterable[ImageRecord], *, as_json: bool) -> None:
         )
     for record in records:
         if as_json:
-            _line("image", **_plain(record))
+            json_line("image", **_plain(record))
             continue
         shown.add_row(
             record.name, record.version or "-", record.digest[:19], f"{record.size / 1e9:.2f} GB",
-            _age(record.uploaded), ", ".join(record.tags),
+            age(record.uploaded), ", ".join(record.tags),
         )  # fmt: skip
     if as_json:
         return
@@ -111,7 +111,7 @@ def left(started: Iterable[Submitted], *, as_json: bool) -> None:
         _out().print("[yellow]Stopped.[/] No build was started.")
     for build in started:
         if as_json:
-            _line("left", build=build.number, region=build.region)
+            json_line("left", build=build.number, region=build.region)
             continue
         out = _out()
         out.print(f"[yellow]Build {build.number} goes on[/] without this terminal.")
@@ -179,16 +179,6 @@ def _image(out: RichConsole, address: str, digest: str, tags: Iterable[str]) -> 
         out.print(f"  {name:<10}{escape(value)}")
 
 
-def _age(since: datetime | None) -> str:
-    if since is None:
-        return "-"
-    seconds = (datetime.now(UTC) - since).total_seconds()
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
-
 EVENTS = {
     BuildStarted: "build_started",
     ImageFound: "image_found",
@@ -210,8 +200,3 @@ def _plain(value: Any) -> Any:
     if isinstance(found, dict):
         return {name: _plain(part) for name, part in found.items()}
     return found.isoformat() if isinstance(found, datetime) else found
-
-
-def _line(event: str, **fields: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-    sys.stdout.flush()

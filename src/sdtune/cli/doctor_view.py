@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
@@ -16,6 +14,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+from sdtune.cli.json_lines import json_line
 from sdtune.jobs.findings import Check, Finding, Grade
 
 SIGNS: dict[Grade, tuple[str, str]] = {
@@ -58,8 +57,7 @@ def as_lines(findings: Iterable[tuple[str, Finding]]) -> list[Finding]:
     shown = []
     for name, finding in findings:
         shown.append(finding)
-        sys.stdout.write(json.dumps({"event": "check", "name": name, **asdict(finding)}) + "\n")
-        sys.stdout.flush()
+        json_line("check", name=name, **asdict(finding))
     return shown
 
 

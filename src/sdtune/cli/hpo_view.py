@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -18,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sdtune.cli.json_lines import json_line
 from sdtune.cli.terminal import Screen
 from sdtune.commands.hpo import StudyPlan
 from sdtune.commands.words import count, duration
@@ -97,27 +96,27 @@ class JsonView(View):
     """One JSON object per line, each with its kind under ``event``."""
 
     def plan(self, plan: StudyPlan) -> None:
-        _line("study_plan", **_search_as_json(plan.study), notes=plan.notes)
+        json_line("study_plan", **_search_as_json(plan.study), notes=plan.notes)
 
     def rendered(self, rendered: dict[str, Any], text: str) -> None:
-        _line("dry_run", **rendered)
+        json_line("dry_run", **rendered)
 
     def submitted(self, study: Submitted) -> None:
-        _line("submitted", **asdict(study))
+        json_line("submitted", **asdict(study))
 
     def follow(self, records: Iterable[StudyRecord]) -> StudyRecord:
         last: StudyRecord | None = None
         for record in records:
             if last is None or record.state != last.state:
-                _line("state", state=record.state)
+                json_line("state", state=record.state)
             for trial in _changed(record, last):
-                _line("trial", **_trial_as_json(record, trial))
+                json_line("trial", **_trial_as_json(record, trial))
             last = record
         self.study(_known(last))
         return _known(last)
 
     def study(self, record: StudyRecord) -> None:
-        _line(
+        json_line(
             "study", study=record.study_id, number=record.number, name=record.name, state=record.state,
             method=record.method, output=record.output, region=record.region, error=record.error, url=record.url,
             created=_iso(record.created), started=_iso(record.started), ended=_iso(record.ended),
@@ -127,16 +126,16 @@ class JsonView(View):
 
     def trials(self, record: StudyRecord) -> None:
         for trial in _best_first(record):
-            _line("trial", **_trial_as_json(record, trial))
+            json_line("trial", **_trial_as_json(record, trial))
 
     def best(self, record: StudyRecord, trial: Trial) -> None:
-        _line("best", **_trial_as_json(record, trial))
+        json_line("best", **_trial_as_json(record, trial))
 
     def left(self, study: Submitted | None) -> None:
         if study:
-            _line("left", **asdict(study))
+            json_line("left", **asdict(study))
         else:
-            _line("stopped")
+            json_line("stopped")
 
 
 class HumanView(View):
@@ -337,11 +336,6 @@ def _trial_as_json(record: StudyRecord, trial: Trial) -> dict[str, Any]:
 
 def _iso(time: datetime | None) -> str | None:
     return time.isoformat() if time else None
-
-
-def _line(event: str, **fields: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-    sys.stdout.flush()
 
 
 def _like(out: Screen) -> dict[str, Any]:

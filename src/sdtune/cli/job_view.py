@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.table import Table
 
-from sdtune.commands.words import duration
+from sdtune.commands.words import age, duration
 from sdtune.jobs.archive import JobRecord
 from sdtune.jobs.backend import Submitted
 
@@ -53,7 +53,7 @@ def table(out: RichConsole, records: Iterable[JobRecord]) -> None:
     for record in records:
         shown.add_row(
             record.number, escape(record.name), record.method or record.task, coloured(record.state),
-            age(record), record.accelerators, record.region, escape(record.output),
+            age(record.created), record.accelerators, record.region, escape(record.output),
         )  # fmt: skip
     if shown.row_count:
         out.print(shown)
@@ -69,7 +69,7 @@ def show(out: RichConsole, record: JobRecord) -> None:
         ("job", record.job_id),
         ("method", record.method or record.task),
         ("machine", f"{record.machine_type}, {record.accelerators}" if record.gpu else record.machine_type),
-        ("created", f"{_local(record.created)} ({age(record)} ago)"),
+        ("created", f"{_local(record.created)} ({age(record.created)} ago)"),
         ("ran", duration(lasted.total_seconds()) if lasted else "not yet" if not record.has_ended else "never"),
         ("output", record.output),
         ("browser", record.url),
@@ -87,15 +87,6 @@ def coloured(state: str) -> str:
 def as_json(record: JobRecord) -> dict[str, Any]:
     """The same for programs: times as ISO 8601."""
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in asdict(record).items()}
-
-
-def age(record: JobRecord) -> str:
-    """Since it was made: ``12 s``, ``4 min``, ``3 h``, ``2 d``."""
-    seconds = (datetime.now(UTC) - record.created).total_seconds()
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
 
 
 def _local(time: datetime) -> str:

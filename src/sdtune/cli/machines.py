@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as to_json
-import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from sdtune.cli import machines_view
+from sdtune.cli.json_lines import json_line
 from sdtune.cli.session import JsonOption
 from sdtune.jobs.machine_table import GPUS
 from sdtune.jobs.machines import find_gpu
@@ -30,7 +29,7 @@ def command(
     shown = [wanted] if wanted else list(GPUS)
     if json:
         for one in shown:
-            sys.stdout.write(to_json.dumps({"event": "machine", **machines_view.as_json(one)}) + "\n")
+            json_line("machine", **machines_view.as_json(one))
         return
     out = Console(highlight=False)
     if wanted:

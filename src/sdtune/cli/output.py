@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sdtune import events
 from sdtune.cli import job_view, ledger_view, plan_view, run_view
+from sdtune.cli.json_lines import json_line
 from sdtune.cli.terminal import Screen
 from sdtune.commands.convert import Conversion, LoraSummary
 from sdtune.commands.notebook import NotebookPlan
@@ -102,42 +101,38 @@ def open_console(json: bool = False) -> Console:
 class JsonConsole(Console):
     """One JSON object per line, each with its kind under ``event``."""
 
-    def _line(self, event: str, **fields: Any) -> None:
-        sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-        sys.stdout.flush()
-
     def plan(self, plan: TrainingPlan, place: str) -> None:
         shapes = {f"{width}x{height}": count for (width, height), count in Counter(plan.shapes).items()}
-        self._line(
+        json_line(
             "plan", place=place, job=plan.job.name, output=plan.job.output, shapes=shapes,
             settings=plan.method.settings(),
         )  # fmt: skip
         for note in plan.notes:
-            self._line(**events.to_dict(events.Note(note, "warning")))
+            json_line(**events.to_dict(events.Note(note, "warning")))
 
     def copy_plan(self, plan: CopyPlan, place: str) -> None:
-        self._line("plan", place=place, job=plan.job.name, source=plan.source, method=plan.method, shares=plan.shares)
+        json_line("plan", place=place, job=plan.job.name, source=plan.source, method=plan.method, shares=plan.shares)
 
     def notebook_plan(self, plan: NotebookPlan, place: str) -> None:
-        self._line(
+        json_line(
             "plan", place=place, job=plan.job.name, notebook=plan.notebook, output=plan.job.output, result=plan.result,
             parameters=dict(plan.parameters),
         )  # fmt: skip
         for note in plan.notes:
-            self._line(**events.to_dict(events.Note(note, "warning")))
+            json_line(**events.to_dict(events.Note(note, "warning")))
 
     def rendered(self, rendered: dict[str, Any], backend: Backend) -> None:
-        self._line("dry_run", **rendered)
+        json_line("dry_run", **rendered)
 
     def ledger(self, ledger: Ledger, every_file: bool = False) -> None:
         fields = ledger.to_json()
         if not every_file:
             del fields["rows"], fields["examples"]
-        self._line("dataset", **fields)
+        json_line("dataset", **fields)
 
     @contextmanager
     def checking(self) -> Iterator[ProgressCall]:
-        yield lambda done, total: self._line("progress", name="check", done=done, total=total)
+        yield lambda done, total: json_line("progress", name="check", done=done, total=total)
 
     def follow(self, stream: Iterable[Said]) -> None:
         for item in stream:
@@ -146,40 +141,40 @@ class JsonConsole(Console):
                     time = item.time.isoformat() if item.time else None
                     known = {"time": time, "replica": item.replica or None}
                     more = {name: value for name, value in known.items() if value}
-                    self._line("log", text=item.text, severity=item.severity, **more)
+                    json_line("log", text=item.text, severity=item.severity, **more)
                 case StateChange():
-                    self._line("state", **asdict(item))
+                    json_line("state", **asdict(item))
                 case Submitted():
-                    self._line("submitted", **asdict(item))
+                    json_line("submitted", **asdict(item))
                 case _:
-                    self._line(**events.to_dict(item))
+                    json_line(**events.to_dict(item))
 
     def jobs(self, records: Iterable[JobRecord]) -> None:
         for record in records:
-            self._line("job", **job_view.as_json(record))
+            json_line("job", **job_view.as_json(record))
 
     def job(self, record: JobRecord, details: dict[str, Any]) -> None:
-        self._line("job", **job_view.as_json(record), details=details)
+        json_line("job", **job_view.as_json(record), details=details)
 
     def say(self, text: str, **fields: Any) -> None:
-        self._line("said", text=text, **fields)
+        json_line("said", text=text, **fields)
 
     def conversion(self, conversion: Conversion) -> None:
-        self._line("conversion", **asdict(conversion))
+        json_line("conversion", **asdict(conversion))
 
     def left(self, submitted: Submitted | None, doubt: str = "") -> None:
         if submitted:
-            self._line("left", **asdict(submitted))
+            json_line("left", **asdict(submitted))
         elif doubt:
-            self._line("left_in_doubt", text=doubt)
+            json_line("left_in_doubt", text=doubt)
         else:
-            self._line("stopped")
+            json_line("stopped")
 
     def read_again(self, submitted: Submitted) -> None:
         """Programs know it from the event ``submitted``."""
 
     def error(self, error: SdtuneError) -> None:
-        self._line("error", kind=error.kind, text=str(error), exit_code=error.exit_code)
+        json_line("error", kind=error.kind, text=str(error), exit_code=error.exit_code)
 
 
 class HumanConsole(Console):

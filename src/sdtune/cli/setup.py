@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -12,6 +10,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 
 from sdtune.backends.registry import open_provisioner
+from sdtune.cli.json_lines import json_line
 from sdtune.cli.session import JsonOption, ProjectOption
 from sdtune.cli.terminal import Screen
 from sdtune.commands.gathering import open_placement
@@ -47,7 +46,7 @@ def command(
     if dry_run:
         for resource in provisioner.resources():
             if json:
-                _line("dry_run", **asdict(resource))
+                json_line("dry_run", **asdict(resource))
             else:
                 out.print(f"{resource.kind:<12}{escape(resource.name)}\n{'':<12}[dim]{escape(resource.command)}[/]")
         return
@@ -55,7 +54,7 @@ def command(
         out.print(f"[bold]Setting up[/] {escape(provisioner.place)}")
     for done in provisioner.set_up():
         if json:
-            _line("setup", outcome=done.outcome, note=done.note, **asdict(done.resource))
+            json_line("setup", outcome=done.outcome, note=done.note, **asdict(done.resource))
         else:
             _show(out, done)
     if not json:
@@ -69,8 +68,3 @@ def _show(out: RichConsole, done: Provisioned) -> None:
     out.print(f"  {done.resource.kind:<12}{escape(done.resource.name):<48} {SAID[done.outcome]}")
     if done.note:
         out.print(f"  [yellow]warning:[/] {escape(done.note)}")
-
-
-def _line(event: str, **fields: object) -> None:
-    sys.stdout.write(json_module.dumps({"event": event, **fields}) + "\n")
-    sys.stdout.flush()

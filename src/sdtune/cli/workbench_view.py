@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -17,8 +16,9 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from sdtune import events
+from sdtune.cli.json_lines import json_line
 from sdtune.cli.terminal import Screen
-from sdtune.commands.words import duration
+from sdtune.commands.words import age, duration
 from sdtune.commands.workbench import Told
 from sdtune.jobs.backend import StateChange
 from sdtune.jobs.durations import show_duration
@@ -34,7 +34,7 @@ def plan(spec: InstanceSpec, place: str, *, as_json: bool) -> None:
     gpus = f" with {machine.accelerator_count} x {machine.gpu.name if machine.gpu else machine.accelerator_type}"
     shown = f"{machine.machine_type}{gpus if machine.accelerator_type else ', no GPU'}"
     if as_json:
-        _line("plan", place=place, instance=spec.name, machine=shown, image=spec.image, zones=spec.zones)
+        json_line("plan", place=place, instance=spec.name, machine=shown, image=spec.image, zones=spec.zones)
         return
     out = _out()
     out.print(f"[bold]{spec.name}[/] on Workbench, {escape(place)}")
@@ -55,7 +55,7 @@ def rendered(workbenches: Workbenches, spec: InstanceSpec, *, as_json: bool) -> 
     first, *others = spec.zones
     request = workbenches.render(spec, first)
     if as_json:
-        _line("dry_run", **request, zones=spec.zones)
+        json_line("dry_run", **request, zones=spec.zones)
         return
     then = f"# Then, where that has no such machine: {', '.join(others)}\n" if others else ""
     sys.stdout.write(f"{workbenches.as_text(request)}\n{then}")
@@ -65,7 +65,7 @@ def follow(told: Iterable[Told], *, as_json: bool) -> None:
     """Show what happens to an instance; on a terminal a clock runs below it."""
     if as_json:
         for item in told:
-            _line(**_fields(item))
+            json_line(**_fields(item))
         return
     out = _out()
     clock = _Clock(out)
@@ -137,9 +137,9 @@ def listing(found: Listing, *, every: bool, as_json: bool) -> None:
     others = len(found.records) - len(records)
     if as_json:
         for record in records:
-            _line("instance", **_plain(record))
+            json_line("instance", **_plain(record))
         if found.unreachable:
-            _line("note", level="warning", text=_unreachable(found))
+            json_line("note", level="warning", text=_unreachable(found))
         return
     out = _out()
     shown = Table(box=None, pad_edge=False, header_style="bold")
@@ -149,7 +149,7 @@ def listing(found: Listing, *, every: bool, as_json: bool) -> None:
     for record in records:
         state = f"[{STYLE[record.state]}]{record.state}[/]" if record.state in STYLE else record.state
         shown.add_row(
-            record.name, state + (" [red]unhealthy[/]" if record.unhealthy else ""), _age(record.created),
+            record.name, state + (" [red]unhealthy[/]" if record.unhealthy else ""), age(record.created),
             record.machine_type, f"{record.gpus} x {_short(record.gpu)}" if record.gpu else "-",
             show_duration(record.idle_shutdown) if record.idle_shutdown else "off", record.zone,
             _image(record.image),
@@ -171,7 +171,7 @@ def listing(found: Listing, *, every: bool, as_json: bool) -> None:
 def facts(record: InstanceRecord) -> None:
     """One instance, before it is deleted."""
     out = _out()
-    out.print(f"[bold]{record.name}[/] in {record.zone}, {record.state}, {_age(record.created)} old")
+    out.print(f"[bold]{record.name}[/] in {record.zone}, {record.state}, {age(record.created)} old")
     gpu = f", {record.gpus} x {_short(record.gpu)}" if record.gpu else ""
     _rows(out, (("machine", f"{record.machine_type}{gpu}"), ("image", record.image)))
 
@@ -180,7 +180,7 @@ def nothing_to_delete(name: str, workbenches: Workbenches, *, as_json: bool) -> 
     """There is none of this name."""
     text = f"There is no instance {name} of sdtune in {workbenches.place}; nothing was deleted."
     if as_json:
-        _line("outcome", text="is not there", name=name, zone="", record=None)
+        json_line("outcome", text="is not there", name=name, zone="", record=None)
     else:
         _out().print(text)
 
@@ -188,7 +188,7 @@ def nothing_to_delete(name: str, workbenches: Workbenches, *, as_json: bool) -> 
 def left(name: str, *, going_on: bool, as_json: bool) -> None:
     """The user has left."""
     if as_json:
-        _line("left" if going_on else "stopped", instance=name)
+        json_line("left" if going_on else "stopped", instance=name)
         return
     out = _out()
     if not going_on:
@@ -219,16 +219,6 @@ def _short(gpu: str) -> str:
     return gpu.removeprefix("NVIDIA_").removeprefix("TESLA_").lower().replace("_", "-")
 
 
-def _age(since: datetime | None) -> str:
-    if since is None:
-        return "-"
-    seconds = (datetime.now(UTC) - since).total_seconds()
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{max(seconds, 0):.0f} s"
-
-
 def _out() -> RichConsole:
     return Screen()
 
@@ -255,8 +245,3 @@ def _plain(item: Any) -> dict[str, Any]:
         if name := part.get("instance_id"):
             part |= {"name": name.rpartition("/")[2], "zone": name.split("/")[3]}
     return found
-
-
-def _line(event: str, **fields: Any) -> None:
-    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
-    sys.stdout.flush()

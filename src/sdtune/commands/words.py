@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 MEANING = {
     "model": "for diffusers: from_pretrained",
     "single_file": "the same in one file, for A1111, Forge, ComfyUI, SD.Next",
@@ -32,3 +34,14 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def age(since: datetime | None) -> str:
+    """How long ago, in its largest unit: ``12 s``, ``4 min``, ``3 h``, ``2 d``; ``-`` where it is not known."""
+    if since is None:
+        return "-"
+    seconds = (datetime.now(UTC) - since).total_seconds()
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -7,6 +7,7 @@ an eager step of batch 1 takes as long as one of batch 4. What is recorded has n
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -46,7 +47,7 @@ class Captured:
             loss: torch.Tensor = graph.replay(_tensors(noised))
             return loss
         self._seen.add(key)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        with _searching():
             return self._pass(_on(noised, self._device))
 
     def _record(self, key: Hashable, noised: Noised) -> None:
@@ -77,7 +78,7 @@ class CudaGraph:
             CudaGraph._pool = torch.cuda.graph_pool_handle()
         self._graph = torch.cuda.CUDAGraph()
         with (
-            torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=torch.backends.cudnn.allow_tf32),
+            _searching(),
             torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"),
         ):
             self._loss = function()
@@ -88,6 +89,13 @@ class CudaGraph:
             kept.copy_(new.pin_memory(), non_blocking=True)
         self._graph.replay()
         return self._loss
+
+
+def _searching() -> AbstractContextManager[None]:
+    """cuDNN looks for its fastest algorithms inside. ``flags`` turns off what it is not told, cuDNN itself included."""
+    now = torch.backends.cudnn.allow_tf32
+    context: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=now)
+    return context
 
 
 def _tensors(noised: Noised) -> list[torch.Tensor]:

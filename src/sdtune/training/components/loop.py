@@ -143,8 +143,7 @@ def fit(
             queue.wait()
             report.add(step_loss, names)
             follow_up()
-    last_tenth = training.losses[-max(1, method.max_train_steps // 10) :]
-    return sum(last_tenth) / len(last_tenth)
+    return sum(training.losses) / len(training.losses)
 
 
 def _whole(calls: Sequence[Callable[[int], None]], step: int) -> bool:
