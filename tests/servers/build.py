@@ -24,16 +24,16 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from google.cloud.devtools.cloudbuild_v1 import types
 
 from tests.servers.build_rules import check
 from tests.servers.faults import Befallen, respond
+from tests.servers.loopback import Loopback, Quiet
 from tests.servers.registry import Operations, Registry, Request, Services
 from tests.servers.storage import StorageServer
 from tests.servers.vertex_json import TYPES, ApiError, bad_request, parse, to_json
@@ -73,7 +73,7 @@ class Push:
     lines: Iterable[str] = ()
 
 
-class BuildServer(Befallen):
+class BuildServer(Befallen, Loopback):
     """builds: by id. requests: all that came. delay: seconds between two steps of a build."""
 
     def __init__(self, storage: StorageServer | None = None, delay: float = 0.0) -> None:
@@ -90,22 +90,14 @@ class BuildServer(Befallen):
         self._scripts: dict[tuple[str, str], Script] = {}
         self._players: list[threading.Thread] = []
         self._closed = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.daemon_threads = True
-        self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
+        self.listen(_Handler)
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
         for script in self._scripts.values():
             if script.hold:
                 script.hold.set()
-        self._http.shutdown()
-        self._http.server_close()
+        super().__exit__(*error)
         for player in self._players:
             player.join(timeout=5)
 
@@ -330,12 +322,8 @@ _ROUTES: tuple[tuple[str, Mapping[str, Callable[[BuildServer], Any]]], ...] = (
 """The first that matches, and has the method."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: BuildServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def _dispatch(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -26,11 +26,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from typing import Any, Self
+from typing import Any
 
 from tests.servers.logging_filters import SECOND, Query, Stored, parse
+from tests.servers.loopback import Loopback, Quiet
 
 PAGE = 1000
 FIELDS = {"resourceNames", "projectIds", "filter", "orderBy", "pageSize", "pageToken"}
@@ -61,7 +61,7 @@ class RefusedError(Exception):
         self.status, self.reason, self.more = status, reason, more
 
 
-class LoggingServer:
+class LoggingServer(Loopback):
     """requests: the bodies of all that were answered or refused; quota: requests per minute, None for no limit.
 
     chance: asked for a fault wherever none is ordered. valid, on_expired: see faults.Befallen.
@@ -100,17 +100,7 @@ class LoggingServer:
         self.lines: set[socket.socket] = set()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.listen(_Handler)
 
     def write(
         self,
@@ -320,14 +310,10 @@ def _invalid(message: str) -> RefusedError:
     return RefusedError(400, "INVALID_ARGUMENT", message)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: LoggingServer
-    protocol_version = "HTTP/1.1"
     # Headers and body in one piece: in two, each answer would wait for the other side's delayed acknowledgement.
     wbufsize = -1
-    disable_nagle_algorithm = True
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def setup(self) -> None:
         super().setup()
@@ -337,7 +323,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server_of.lines.discard(self.connection)
         super().finish()
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server_of.take_fault()
         try:

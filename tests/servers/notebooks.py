@@ -20,13 +20,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from google.cloud.notebooks_v2 import types
 
 from tests.servers.faults import Befallen, respond
+from tests.servers.loopback import Loopback, Quiet
 from tests.servers.notebooks_rules import check
 from tests.servers.registry import Request
 from tests.servers.vertex_json import TYPES, ApiError, bad_request, parse
@@ -76,7 +76,7 @@ class Operation:
         return self.step == len(self.way) - 1
 
 
-class NotebooksServer(Befallen):
+class NotebooksServer(Befallen, Loopback):
     """instances: by their full names; requests: all that came.
 
     slow: looks that a state lasts; url_is_late: looks after which an active instance has its address; unreachable:
@@ -93,18 +93,7 @@ class NotebooksServer(Befallen):
         self.lock = threading.RLock()
         self._by_request: dict[str, str] = {}
         self._scripts: dict[str, list[Script]] = {}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.daemon_threads = True
-        self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.listen(_Handler)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -309,12 +298,8 @@ _ROUTES: tuple[tuple[str, str, set[str], Callable[..., dict[str, Any]]], ...] = 
 )
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: NotebooksServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def _dispatch(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -16,14 +16,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.servers.loopback import Loopback, Quiet
 from tests.servers.services_methods import KNOWN_APIS, METHODS, Asked, Bucket, RefusedError
 
 EVERYWHERE = {"alt", "$alt", "fields", "key", "prettyPrint", "quotaUser", "userProject"}
@@ -49,7 +48,7 @@ class Fault:
     times: int
 
 
-class ServicesServer:
+class ServicesServer(Loopback):
     """A project that has all that jobs need, until something is taken away.
 
     requests: "GET /path?query" of all that came; authorizations: the header of that name of those that had one.
@@ -84,17 +83,7 @@ class ServicesServer:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.authorizations: list[str] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.listen(_Handler)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -154,12 +143,9 @@ class ServicesServer:
         )  # fmt: skip
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: ClassVar[ServicesServer]
-    protocol_version = "HTTP/1.1"
     wbufsize = -1  # or every answer of headers and a body waits 40 ms for the client's delayed ACK
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def _dispatch(self) -> None:
         server = self.server_of

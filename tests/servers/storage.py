@@ -21,12 +21,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import google_crc32c
+
+from tests.servers.loopback import Loopback, Quiet
 
 PAGE = 1000
 NONE: Mapping[str, str] = {}
@@ -81,7 +82,7 @@ class Fault:
     received: bool = False
 
 
-class StorageServer:
+class StorageServer(Loopback):
     """buckets: name -> name of an object -> object. requests: "GET /path?query" of all that came.
     put_lengths: the bytes of each PUT.
     authorizations: the header of that name of those that had one.
@@ -101,17 +102,7 @@ class StorageServer:
         self._faults: list[Fault] = []
         self._generations = count(1_700_000_000_000_000)
         self.lock = threading.RLock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.listen(_Handler)
 
     def put(self, bucket: str, name: str, data: bytes, **more: Any) -> Stored:
         """Store an object, in a new generation; the bucket is made if it is not there."""
@@ -142,12 +133,8 @@ class StorageServer:
         return None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: StorageServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or every answer of headers and a body waits 40 ms for the client's delayed ACK
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def _dispatch(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
-from typing import Any, Self
+from typing import Any
 
 from google.oauth2.credentials import Credentials
 
 from tests.servers.faults import Befallen
+from tests.servers.loopback import Loopback, Quiet
 
 
-class TokenServer:
+class TokenServer(Loopback):
     """given: all tokens, in their order. faults: statuses that the next requests are answered with.
 
     revoked: the login is no longer taken.
@@ -32,17 +32,7 @@ class TokenServer:
         self._valid: set[str] = set()
         self._numbers = count(1)
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self.listen(_Handler)
 
     def credentials(self) -> Credentials:
         """Those of a user who has logged in."""
@@ -71,14 +61,11 @@ class TokenServer:
             return token
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: TokenServer
-    protocol_version = "HTTP/1.1"
     wbufsize = -1
 
-    def log_message(self, format: str, *args: object) -> None: ...
-
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.server_of.faults:
             return self._send(self.server_of.faults.pop(0), {"error": "internal_failure"})

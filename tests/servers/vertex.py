@@ -18,18 +18,17 @@ import base64
 import json
 import random
 import re
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.servers.faults import Befallen, respond
+from tests.servers.loopback import Loopback, Quiet
 from tests.servers.processes import GRACE
 from tests.servers.vertex_jobs import (
     INVALID_ARGUMENT,
@@ -65,7 +64,7 @@ class Request:
     headers: Mapping[str, str]
 
 
-class VertexServer(Befallen):
+class VertexServer(Befallen, Loopback):
     """jobs: by id, in the order of their making. requests: all that came. projects: number by id."""
 
     def __init__(
@@ -93,18 +92,10 @@ class VertexServer(Befallen):
         self._no_repository: list[str] = []
         self._quotas: dict[tuple[str, str], int] = {}
         self._resources: dict[tuple[str, str], str] = {}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_of": self}))
-        self._http.daemon_threads = True
-        self._http.handle_error = lambda *request: None  # type: ignore[method-assign]  # a client that went away
-        self.address = f"http://127.0.0.1:{self._http.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
+        self.listen(_Handler)
 
     def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        super().__exit__(*error)
         self.studies.close()
         for job in self.jobs.values():
             job.close()
@@ -325,11 +316,8 @@ _ACTIONS: dict[tuple[str, bool, str], tuple[str, Any]] = {
 }
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet):
     server_of: VertexServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None: ...
 
     def _dispatch(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
