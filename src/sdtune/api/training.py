@@ -9,8 +9,8 @@ from sdtune.api.options import TrainOptions
 from sdtune.api.runs import About, Run
 from sdtune.api.screens import open_screen
 from sdtune.backends.registry import BACKENDS, open_backend, open_builder
-from sdtune.commands.build import image_note
-from sdtune.commands.gathering import Destination, dataset_and_output, destination, typed_settings
+from sdtune.commands.build import image_remark
+from sdtune.commands.gathering import dataset_and_output, destination, typed_settings
 from sdtune.commands.plans import training_rows
 from sdtune.commands.running import JobRun
 from sdtune.commands.train import TrainingPlan, plan_train
@@ -52,7 +52,7 @@ def train(
     plan = plan_train(
         chosen, {**recipe, **typed_settings(chosen, given)}, data, target, where,
         placement=to.placement, mistakes=to.mistakes, overwrite=overwrite, goes_on=True,
-        remark=lambda container: remark(to, container),
+        remark=image_remark(to.placement, to.offline, open_builder),
     )  # fmt: skip
     run = Run(
         about(plan, where, dry_run), JobRun(plan.job, plan.uploads, where), where, open_screen(show), where.cancel
@@ -75,10 +75,3 @@ def about(plan: TrainingPlan, backend: Backend, dry_run: bool) -> About:
         backend.as_text(plan.rendered) if dry_run else "",
         plan.earlier.step,
     )
-
-
-def remark(to: Destination, container: str) -> str | None:
-    """What should be known of the image; nothing where none is needed, or nobody may be asked."""
-    if to.placement is None or to.offline:
-        return None
-    return image_note(open_builder(to.placement), to.placement, container)

@@ -9,7 +9,7 @@ import typer
 
 from sdtune.backends.registry import open_builder
 from sdtune.cli import build_view
-from sdtune.cli.options import parameters_of
+from sdtune.cli.options import own_parameters, parameters_of
 from sdtune.cli.output import open_console
 from sdtune.cli.session import JsonOption, ProjectOption
 from sdtune.commands.build import BuildRun, follow_builds, plan_builds
@@ -130,9 +130,9 @@ def command(**arguments: Any) -> None:
 
 command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
-        *(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=default)
-            for name, (option, default) in OPTIONS.items()
+        *own_parameters(
+            {name: option for name, (option, _) in OPTIONS.items()},
+            {name: default for name, (_, default) in OPTIONS.items()},
         ),
         *parameters_of(BuildSettings, taken=set(OPTIONS)),
     ]

@@ -13,7 +13,7 @@ import typer
 from sdtune import events
 from sdtune.backends.registry import open_studies
 from sdtune.cli import hpo_view, train
-from sdtune.cli.options import parameters_of
+from sdtune.cli.options import own_parameters, parameters_of
 from sdtune.cli.output import open_console
 from sdtune.cli.sections import sectioned
 from sdtune.cli.session import JsonOption, ProjectOption, RegionOption, open_session
@@ -228,13 +228,9 @@ def command(method: type[CommonFields]) -> Any:
     def search(**arguments: Any) -> None:
         run(method, **arguments)
 
-    job_parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=train.DEFAULTS.get(name))
-        for name, option in JOB_OPTIONS.items()
-    ]
     of_search = {*JOB_OPTIONS, *StudySettings.model_fields}
     parameters = [
-        *job_parameters,
+        *own_parameters(JOB_OPTIONS, train.DEFAULTS),
         *parameters_of(StudySettings, taken=set(JOB_OPTIONS)),
         *parameters_of(method, taken={*of_search, *Placement.model_fields}),
         *parameters_of(Placement, taken=of_search),

@@ -10,10 +10,10 @@ import typer
 
 from sdtune.backends.registry import BACKENDS, open_builder
 from sdtune.cli.following import run_and_follow
-from sdtune.cli.options import parameters_of
+from sdtune.cli.options import own_parameters, parameters_of
 from sdtune.cli.sections import sectioned
-from sdtune.cli.session import JsonOption, Session, open_session
-from sdtune.commands.build import image_note
+from sdtune.cli.session import JsonOption, open_session
+from sdtune.commands.build import image_remark
 from sdtune.commands.notebook import NOT_FOR_NOTEBOOKS, for_notebooks, gather_parameters, plan_notebook_run
 from sdtune.commands.running import JobRun
 from sdtune.errors import INTERRUPTED, RecipeError
@@ -68,7 +68,7 @@ def run(
         cell_timeout=limit,
         overwrite=overwrite,
         mistakes=session.mistakes,
-        remark=lambda container: remark(session, container),
+        remark=image_remark(session.placement, session.offline, open_builder),
     )
     session.console.notebook_plan(plan, session.backend.place)
     if dry_run:
@@ -91,13 +91,6 @@ def _seconds(text: str | None) -> int | None:
         return int(parse_duration(text)) if text else None
     except ValueError as error:
         raise RecipeError(f"cell_timeout: {error}") from None
-
-
-def remark(session: Session, container: str) -> str | None:
-    """What should be known of the image; nothing where none is needed, or nobody may be asked."""
-    if session.placement is None or session.offline:
-        return None
-    return image_note(open_builder(session.placement), session.placement, container)
 
 
 OPTIONS = {
@@ -167,10 +160,7 @@ def run_command(**arguments: Any) -> None:
 
 run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
-        *(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=DEFAULTS.get(name))
-            for name, option in OPTIONS.items()
-        ),
+        *own_parameters(OPTIONS, DEFAULTS),
         *(option for option in parameters_of(Placement, taken=set(OPTIONS)) if option.name not in NOT_FOR_NOTEBOOKS),
     ]
 )

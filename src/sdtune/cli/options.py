@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,14 @@ def parameters_of(settings: type[Settings], taken: set[str]) -> list[inspect.Par
     return [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(settings, name, info))
         for name, info in fields
+    ]
+
+
+def own_parameters(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[inspect.Parameter]:
+    """One keyword parameter per option of the command itself; None is the default where ``defaults`` has no other."""
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=defaults.get(name))
+        for name, option in options.items()
     ]
 
 

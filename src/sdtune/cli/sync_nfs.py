@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdtune.cli.following import run_and_follow
-from sdtune.cli.options import parameters_of
+from sdtune.cli.options import own_parameters, parameters_of
 from sdtune.cli.session import JsonOption, open_session
 from sdtune.commands.sync_nfs import NOT_FOR_COPIES, for_copies, plan_sync_nfs
 from sdtune.jobs.placement import Placement
@@ -77,10 +77,7 @@ def sync_nfs(**arguments: Any) -> None:
 
 sync_nfs.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
-        *(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=DEFAULTS.get(name))
-            for name, option in OPTIONS.items()
-        ),
+        *own_parameters(OPTIONS, DEFAULTS),
         *(option for option in parameters_of(Placement, taken=set()) if option.name not in NOT_FOR_COPIES),
     ]
 )

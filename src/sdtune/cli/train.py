@@ -11,10 +11,10 @@ from typer.core import TyperGroup
 
 from sdtune.backends.registry import BACKENDS, open_builder
 from sdtune.cli.following import run_and_follow
-from sdtune.cli.options import parameters_of
+from sdtune.cli.options import own_parameters, parameters_of
 from sdtune.cli.sections import sectioned
-from sdtune.cli.session import JsonOption, Session, open_session
-from sdtune.commands.build import image_note
+from sdtune.cli.session import JsonOption, open_session
+from sdtune.commands.build import image_remark
 from sdtune.commands.gathering import dataset_and_output, read_config, typed_settings
 from sdtune.commands.train import plan_train
 from sdtune.jobs.placement import Placement
@@ -59,7 +59,8 @@ def run(
         plan = plan_train(
             method, {**recipe, **typed_settings(method, arguments)}, dataset, output, session.backend,
             placement=session.placement, mistakes=session.mistakes, overwrite=overwrite, goes_on=True,
-            progress=progress, show=console.ledger, remark=lambda container: remark(session, container),
+            progress=progress, show=console.ledger,
+            remark=image_remark(session.placement, session.offline, open_builder),
         )  # fmt: skip
     console.plan(plan, session.backend.place)
     if dry_run:
@@ -72,13 +73,6 @@ def run(
         )
         return
     run_and_follow(session, plan.job, plan.uploads, detach=detach)
-
-
-def remark(session: Session, container: str) -> str | None:
-    """What should be known of the image; nothing where none is needed, or nobody may be asked."""
-    if session.placement is None or session.offline:
-        return None
-    return image_note(open_builder(session.placement), session.placement, container)
 
 
 JOB_OPTIONS = {
@@ -116,13 +110,9 @@ def command(method: type[CommonFields]) -> Any:
     def train_method(**arguments: Any) -> None:
         run(method, **arguments)
 
-    job_parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=DEFAULTS.get(name))
-        for name, option in JOB_OPTIONS.items()
-    ]
     taken = {*JOB_OPTIONS, *Placement.model_fields}
     parameters = [
-        *job_parameters,
+        *own_parameters(JOB_OPTIONS, DEFAULTS),
         *parameters_of(method, taken=taken),
         *parameters_of(Placement, taken=set(JOB_OPTIONS)),
     ]

@@ -10,7 +10,7 @@ import typer
 
 from sdtune.backends.registry import open_builder, open_workbenches
 from sdtune.cli import workbench_view
-from sdtune.cli.options import parameters_of
+from sdtune.cli.options import own_parameters, parameters_of
 from sdtune.cli.sections import sectioned
 from sdtune.cli.session import JsonOption, ProjectOption, RegionOption
 from sdtune.commands.gathering import archive_placement, open_placement, typed_settings
@@ -105,9 +105,9 @@ def command(**arguments: Any) -> None:
 
 command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
-        *(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=default)
-            for name, (option, default) in OPTIONS.items()
+        *own_parameters(
+            {name: option for name, (option, _) in OPTIONS.items()},
+            {name: default for name, (_, default) in OPTIONS.items()},
         ),
         *parameters_of(WorkbenchSettings, taken=set(OPTIONS)),
     ]

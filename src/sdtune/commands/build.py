@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,18 @@ def explain(end: BuildEnd) -> str:
     """Why there is no image, and what was said last."""
     tail = "".join(f"\n  | {line}" for line in end.last_lines)
     return f"{end.image} was not built: {end.reason}" + (f" Its last lines:{tail}" if tail else "")
+
+
+def image_remark(
+    placement: Placement | None, offline: bool, open_builder: Callable[[Placement], Builder]
+) -> Callable[[str], str | None]:
+    """What plans call for the image of a container: see image_note. Nothing is said where no image is needed, or nobody
+    may be asked; open_builder: of a placement, called only when it is."""
+
+    def remark(container: str) -> str | None:
+        return None if placement is None or offline else image_note(open_builder(placement), placement, container)
+
+    return remark
 
 
 def image_note(builder: Builder, placement: Placement, container: str) -> str | None:
