@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of `make test`: many tests wait for processes and servers, so one more than there are cores. 0: one after the other, in
+# their order and in one process, where a debugger can stop them.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 8))')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo cloud-demo test containers lock-containers notebooks browser api-options lint types format bench train-speed kills snapshots parity lock clean fuzz audit
@@ -20,9 +23,9 @@ demo: $(VENV)/.train ## Fine-tune the shipped model on photographs of a cat (2 c
 cloud-demo: $(VENV)/.dev ## The same as a job of Vertex AI, on servers of this machine: no GPU, no account
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.cloud_demo
 
-test: $(VENV)/.dev ## Prove it: every test that needs no GPU
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.dev ## Prove it: every test that needs no GPU; WORKERS=0 for one process, PYTEST_ARGS for some of them
+	@# Who has nothing left to do takes half of another's rest, so files of slow tests are shared out, too.
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## Style, unused code, import contract
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""What many tests need: the shipped base model, small datasets, a dreambooth-lora recipe."""
+"""What many tests need: the shipped base model, small datasets, a dreambooth-lora recipe, the command line."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 BASE_MODEL = ROOT / "examples" / "base-model"
 DATASETS = ROOT / "examples" / "datasets"
+Command = Callable[..., tuple[int, str, str]]
+"""Words in; the exit code, standard output and standard error."""
 
 
 @pytest.fixture
@@ -57,3 +60,23 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[StorageServer]:
     with StorageServer() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
         yield server
+
+
+@pytest.fixture
+def sdtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Runs ``sdtune WORDS`` in this process, on a terminal that is wide enough for every line."""
+    from sdtune.cli import app as cli
+
+    monkeypatch.setenv("COLUMNS", "250")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["sdtune", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from sdtune.jobs.spec import plan_training
 from sdtune.jobs.study import Study, StudyRecord
 from sdtune.methods.dreambooth import DreamBoothLora
 from tests.conftest import BASE_MODEL, DATASETS
+from tests.shared import made_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -58,9 +60,8 @@ def held_out_loss(output: Path, values: Mapping[str, Value]) -> float:
     return [event.value for event in told if isinstance(event, events.Measure)][-1]
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
-    folder = tmp_path_factory.mktemp("search")
+def search(folder: Path) -> None:
+    """A search, and two runs of its recipe on their own; their losses go to losses.json."""
     study = Study(
         name="search",
         method=RECIPE.name,
@@ -76,7 +77,13 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
     with ThreadPoolExecutor(2) as pool:
         default = pool.submit(held_out_loss, folder / "default", {})
         again = pool.submit(held_out_loss, folder / "again", record.best.parameters)
-        return Searched(record, default.result(), again.result())
+        (folder / "losses.json").write_text(json.dumps([default.result(), again.result()]))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    folder = made_once(tmp_path_factory, "search", search)
+    return Searched(LocalStudies().find(str(folder / "study")), *json.loads((folder / "losses.json").read_text()))
 
 
 def test_the_best_trial_beats_the_default_recipe_and_the_worst(searched: Searched) -> None:

@@ -23,6 +23,9 @@ from world_classifier import classify
 
 from sdtune import events
 from tests.conftest import BASE_MODEL, DATASETS, ROOT
+from tests.shared import made_once
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SEEDS = (1, 2, 3)
 STEPS = 150
@@ -61,20 +64,23 @@ def sdtune_train(method: str, output: Path, *more: str) -> str:
     return ran.stdout
 
 
-def fine_tune(seed: int, output: Path) -> Learned:
+def fine_tune(seed: int, output: Path) -> None:
     sdtune_train(
         "dreambooth-lora", output, "--config", str(ROOT / "examples" / "recipes" / "dreambooth-lora.yaml"),
         "--instance-prompt", "a photo of sks cat",
         "--max-train-steps", str(STEPS), "--num-class-images", "8", "--seed", str(seed),
     )  # fmt: skip
-    return Learned(seed, output)
+
+
+def fine_tune_all(folder: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: fine_tune(seed, folder / f"chelsea-{seed}"), SEEDS))
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> list[Learned]:
-    folder = tmp_path_factory.mktemp("learned")
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda seed: fine_tune(seed, folder / f"chelsea-{seed}"), SEEDS))
+    folder = made_once(tmp_path_factory, "learned", fine_tune_all)
+    return [Learned(seed, folder / f"chelsea-{seed}") for seed in SEEDS]
 
 
 @pytest.fixture(autouse=True)
@@ -166,18 +172,25 @@ OTHERS: dict[str, tuple[str, ...]] = {
 COMMON = ("--max-train-steps", "200", "--train-batch-size", "4", "--lr-scheduler", "cosine", "--guidance-scale", "3")
 
 
+def train_others(folder: Path) -> None:
+    def train(name: str) -> None:
+        printed = sdtune_train(name, folder / name, *OTHERS[name], *COMMON)
+        (folder / f"{name}.printed").write_text(printed, encoding="utf-8")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, OTHERS))
+
+
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Learned, str]]:
     """By method: its run and what it printed."""
-    folder = tmp_path_factory.mktemp("others")
-    with ThreadPoolExecutor(2) as pool:
-        printed = pool.map(lambda name: sdtune_train(name, folder / name, *OTHERS[name], *COMMON), OTHERS)
-        return {name: (Learned(42, folder / name), text) for name, text in zip(OTHERS, printed, strict=True)}
+    folder = made_once(tmp_path_factory, "others", train_others)
+    return {name: (Learned(42, folder / name), (folder / f"{name}.printed").read_text("utf-8")) for name in OTHERS}
 
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_every_other_method_learns_it_too(others: dict[str, tuple[Learned, str]], method: str) -> None:
-    """Measured: MEASURED."""
+    """Each learns it from its own layout."""
     run, printed = others[method]
     told = [event for line in printed.splitlines() if (event := events.parse(line))]
     before, after = [event.value for event in told if isinstance(event, events.Measure)]

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ import yaml
 from google.cloud.devtools.cloudbuild_v1 import types
 from rich.console import Console as RichConsole
 
-import sdtune
+from sdtune import __version__
 from sdtune.backends.vertex import builds
-from sdtune.cli import app as cli
 from sdtune.cli import build_view
+from tests.conftest import Command
 from tests.servers.build import BucketServer, BuildServer, Script
 
-Command = Callable[..., tuple[int, str, str]]
 BUCKET = "my-project-sdtune"
 ACCOUNT = "builder@my-project.iam.gserviceaccount.com"
 
@@ -55,26 +54,11 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[BuildSer
             "CLOUDSDK_AUTH_DISABLE_CREDENTIALS": "true",
             "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
             "NO_GCE_CHECK": "true",
-            "COLUMNS": "250",
         }
         for name, value in surroundings.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(builds, "SECONDS_BETWEEN_POLLS", 0.01)
         yield found
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs the command line; its exit code, standard output and standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 def storage_of(server: BuildServer) -> BucketServer:
@@ -101,42 +85,42 @@ def sent(server: BuildServer) -> list[dict[str, Any]]:
     return found
 
 
-def test_an_image_is_built_and_its_digest_told(server: BuildServer, command: Command) -> None:
-    code, out, err = command("build", "diffusers")
+def test_an_image_is_built_and_its_digest_told(server: BuildServer, sdtune: Command) -> None:
+    code, out, err = sdtune("build", "diffusers")
     assert (code, err) == (0, "")
     (build,) = server.builds.values()
     digest = build.results.images[0].digest
     assert f"digest    {digest}" in out
-    assert f"Building sdtune-diffusers:{sdtune.__version__}-" in out
+    assert f"Building sdtune-diffusers:{__version__}-" in out
     assert f"sdtune build --cancel {build.id} --region us-central1" in out
     assert re.search(r"Step build\nbuild: build says ü\n✓ build done after 0 s\nStep smoke-test\n", out)
     assert f"gs://{BUCKET}/sdtune/builds/" in out
 
     # The same source is the same image.
     before = len(server.builds), len(storage_of(server).buckets[BUCKET])
-    code, out, _ = command("build", "diffusers")
+    code, out, _ = sdtune("build", "diffusers")
     assert (code, len(server.builds), len(storage_of(server).buckets[BUCKET])) == (0, *before)
     assert "There already" in out
     assert digest in out
-    assert command("build", "diffusers", "--force")[0] == 0
+    assert sdtune("build", "diffusers", "--force")[0] == 0
     assert len(server.builds) == 2
 
 
-def test_a_changed_source_is_another_image(server: BuildServer, command: Command, root: Path) -> None:
-    command("build", "diffusers")
+def test_a_changed_source_is_another_image(server: BuildServer, sdtune: Command, root: Path) -> None:
+    sdtune("build", "diffusers")
     (root / "containers/diffusers/Dockerfile").write_text("FROM another")
-    command("build", "diffusers")
+    sdtune("build", "diffusers")
     tags = server.registry.tags("us-central1-docker.pkg.dev/my-project/sdtune/sdtune-diffusers")
     assert len(server.builds) == 2
-    assert sorted(map(len, tags)) == sorted(map(len, [*["0.1.0-0123456789ab"] * 2, sdtune.__version__, "latest"]))
+    assert sorted(map(len, tags)) == sorted(map(len, [*["0.1.0-0123456789ab"] * 2, __version__, "latest"]))
     assert len(set(tags.values())) == 2
 
 
 def test_all_images_are_built_side_by_side_and_what_failed_is_told_in_the_end(
-    server: BuildServer, command: Command
+    server: BuildServer, sdtune: Command
 ) -> None:
     server.script("smoke-test", Script(["BROKEN train dreambooth: no"], exit_code=1), image="diffusers")
-    code, out, err = command("build", "--all")
+    code, out, err = sdtune("build", "--all")
     assert code == 4
     assert out.index("Building sdtune-diffusers") < out.index("Building sdtune-kohya") < out.index("Step build")
     assert "Built sdtune-kohya" in out
@@ -145,15 +129,15 @@ def test_all_images_are_built_side_by_side_and_what_failed_is_told_in_the_end(
     assert "kohya" not in err
 
 
-def test_detach_starts_and_leaves_and_the_build_is_found_again(server: BuildServer, command: Command) -> None:
+def test_detach_starts_and_leaves_and_the_build_is_found_again(server: BuildServer, sdtune: Command) -> None:
     hold = threading.Event()
     server.script("build", Script(["at work"], hold=hold))
-    code, out, _ = command("build", "kohya", "--detach")
+    code, out, _ = sdtune("build", "kohya", "--detach")
     assert (code, "at work" in out) == (0, False)
     (build_id,) = server.builds
     assert f"sdtune build --follow {build_id} --region us-central1" in out
     hold.set()
-    code, out, _ = command("build", "--follow", build_id)
+    code, out, _ = sdtune("build", "--follow", build_id)
     assert code == 0
     assert "build: at work" in out
     assert "Built sdtune-kohya" in out
@@ -168,7 +152,7 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_leaves_the_build_and_says_how_to_end_it(server: BuildServer, command: Command) -> None:
+def test_ctrl_c_leaves_the_build_and_says_how_to_end_it(server: BuildServer, sdtune: Command) -> None:
     hold = threading.Event()
     server.script("build", Script(["at work"], hold=hold))
 
@@ -179,34 +163,34 @@ def test_ctrl_c_leaves_the_build_and_says_how_to_end_it(server: BuildServer, com
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    code, out, _ = command("build", "diffusers")
+    code, out, _ = sdtune("build", "diffusers")
     ((build_id, build),) = server.builds.items()
     assert code == 130
     assert f"Build {build_id} goes on without this terminal." in out
     assert out.count(f"sdtune build --cancel {build_id} --region us-central1") == 2
     assert build.status == types.Build.Status.WORKING
 
-    code, out, _ = command("build", "--cancel", build_id)
+    code, out, _ = sdtune("build", "--cancel", build_id)
     assert (code, out) == (0, f"Build {build_id} is being cancelled.\n")
     assert build.status == types.Build.Status.CANCELLED
-    code, _, err = command("build", "--cancel", build_id)
+    code, _, err = sdtune("build", "--cancel", build_id)
     assert (code, "has ended already" in err) == (4, True)
 
 
 def test_ctrl_c_before_a_build_is_started_says_so(
-    server: BuildServer, command: Command, monkeypatch: pytest.MonkeyPatch
+    server: BuildServer, sdtune: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*given: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builds.StagedSource, "run", interrupted)
-    code, out, _ = command("build", "diffusers")
+    code, out, _ = sdtune("build", "diffusers")
     assert (code, out.splitlines()[-1]) == (130, "Stopped. No build was started.")
     assert not server.builds
 
 
-def test_json_is_one_object_per_line(server: BuildServer, command: Command) -> None:
-    code, out, err = command("build", "diffusers", "--json")
+def test_json_is_one_object_per_line(server: BuildServer, sdtune: Command) -> None:
+    code, out, err = sdtune("build", "diffusers", "--json")
     told = [json.loads(line) for line in out.splitlines()]
     assert (code, err) == (0, "")
     kinds = [line["event"] for line in told if line["event"] not in ("progress", "state")]
@@ -217,37 +201,35 @@ def test_json_is_one_object_per_line(server: BuildServer, command: Command) -> N
         ("push", "working"), ("push", "done"),
     ]  # fmt: skip
     assert told[-1]["digest"] == next(iter(server.builds.values())).results.images[0].digest
-    listed = [json.loads(line) for line in command("build", "--list", "--json")[1].splitlines()]
+    listed = [json.loads(line) for line in sdtune("build", "--list", "--json")[1].splitlines()]
     assert [(line["event"], line["name"], line["version"]) for line in listed] == [
-        ("image", "sdtune-diffusers", sdtune.__version__)
+        ("image", "sdtune-diffusers", __version__)
     ]
     assert listed[0]["uploaded"].startswith("20")
-    found = [json.loads(line) for line in command("build", "diffusers", "--json")[1].splitlines()]
+    found = [json.loads(line) for line in sdtune("build", "diffusers", "--json")[1].splitlines()]
     assert [(line["event"], line["image"]["digest"]) for line in found] == [("image_found", told[-1]["digest"])]
 
 
-def test_images_are_listed(server: BuildServer, command: Command) -> None:
-    assert command("build", "--list")[1] == "There are no images of sdtune here yet; sdtune build --all makes them.\n"
-    command("build", "--all")
-    code, out, _ = command("build", "--list")
+def test_images_are_listed(server: BuildServer, sdtune: Command) -> None:
+    assert sdtune("build", "--list")[1] == "There are no images of sdtune here yet; sdtune build --all makes them.\n"
+    sdtune("build", "--all")
+    code, out, _ = sdtune("build", "--list")
     head, *rows = out.splitlines()
     assert code == 0
     assert head.split() == ["image", "sdtune", "digest", "size", "age", "tags"]
     assert {row.split()[0] for row in rows} == {"sdtune-diffusers", "sdtune-kohya"}
-    row = re.compile(
-        rf"sdtune-\w+ +{sdtune.__version__} +sha256:[0-9a-f]{{12}}  3.10 GB  \d+ s +[\w.-]+, [\w.]+, latest ?"
-    )
+    row = re.compile(rf"sdtune-\w+ +{__version__} +sha256:[0-9a-f]{{12}}  3.10 GB  \d+ s +[\w.-]+, [\w.]+, latest ?")
     assert all(map(row.fullmatch, rows))
 
 
 def test_on_a_terminal_running_steps_stand_below_with_their_times(
-    server: BuildServer, command: Command, monkeypatch: pytest.MonkeyPatch
+    server: BuildServer, sdtune: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = io.StringIO()
     terminal = RichConsole(file=screen, force_terminal=True, width=120, highlight=False, soft_wrap=True)
     monkeypatch.setattr(build_view, "_out", lambda: terminal)
     server.script("build", Script(["at work"], seconds=0.4))
-    assert command("build", "diffusers")[0] == 0
+    assert sdtune("build", "diffusers")[0] == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert re.search(r"[⠀-⣿] build \d s", shown)  # a spinner, the step, its time
     assert "✓ build done after 0 s" in shown
@@ -266,19 +248,19 @@ MISTAKES = {
 
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes_are_told_before_anything_is_asked(
-    words: tuple[str, ...], server: BuildServer, command: Command
+    words: tuple[str, ...], server: BuildServer, sdtune: Command
 ) -> None:
-    code, out, err = command(*words)
+    code, out, err = sdtune(*words)
     assert (code, out) == (2, "")
     assert MISTAKES[words] in err
     assert calls(server) == 0
 
 
-def test_a_project_that_is_not_set_up_is_told(server: BuildServer, command: Command) -> None:
-    code, _, err = command("build", "kohya", "--repository", "other")
+def test_a_project_that_is_not_set_up_is_told(server: BuildServer, sdtune: Command) -> None:
+    code, _, err = sdtune("build", "kohya", "--repository", "other")
     assert code == 3
     assert "there is no repository other in us-central1 of project my-project" in err
-    code, _, err = command("build", "kohya", "--bucket", "no-such-bucket")
+    code, _, err = sdtune("build", "kohya", "--bucket", "no-such-bucket")
     assert code == 3
     assert "there is no bucket no-such-bucket" in err
     assert not server.builds
@@ -289,10 +271,10 @@ def test_a_project_that_is_not_set_up_is_told(server: BuildServer, command: Comm
 WORDS = ("build", "diffusers", "--service-account", ACCOUNT, "--disk-gb", "300", "--timeout", "90m", "--no-cache")
 
 
-def test_a_dry_run_prints_what_would_be_sent_and_makes_no_call(server: BuildServer, command: Command) -> None:
-    code, out, err = command(*WORDS, "--dry-run")
+def test_a_dry_run_prints_what_would_be_sent_and_makes_no_call(server: BuildServer, sdtune: Command) -> None:
+    code, out, err = sdtune(*WORDS, "--dry-run")
     assert (code, err, calls(server)) == (0, "", 0)
-    command(*WORDS)
+    sdtune(*WORDS)
     (build,) = sent(server)
     source = build.pop("source")["storageSource"]
     printed = types.Build.from_json(json.dumps(yaml.safe_load(out)))
@@ -301,7 +283,7 @@ def test_a_dry_run_prints_what_would_be_sent_and_makes_no_call(server: BuildServ
     )
     assert f"gcloud builds submit gs://{source['bucket']}/{source['object']} --config=FILE --region=us-central1" in out
 
-    code, out, _ = command("build", "--all", "--workbench", "--dry-run")
+    code, out, _ = sdtune("build", "--all", "--workbench", "--dry-run")
     assert [config["images"][0].rpartition("/")[2].partition(":")[0] for config in yaml.safe_load_all(out)] == [
         "sdtune-diffusers-workbench",
         "sdtune-kohya-workbench",
@@ -309,12 +291,12 @@ def test_a_dry_run_prints_what_would_be_sent_and_makes_no_call(server: BuildServ
 
 
 def test_without_a_project_the_dry_run_says_how_to_give_one(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sdtune: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     for name in ("CLOUDSDK_CORE_PROJECT", "GOOGLE_CLOUD_PROJECT"):
         monkeypatch.delenv(name, raising=False)
-    code, _, err = command("build", "--all", "--dry-run")
+    code, _, err = sdtune("build", "--all", "--dry-run")
     assert (code, "give --project" in err) == (2, True)
 
 
@@ -329,10 +311,10 @@ def gcloud(*words: str) -> str:
 
 @needs_gcloud
 def test_gcloud_takes_the_printed_file_and_sends_the_same_build(
-    server: BuildServer, command: Command, tmp_path: Path
+    server: BuildServer, sdtune: Command, tmp_path: Path
 ) -> None:
-    command(*WORDS)
-    text = command(*WORDS, "--dry-run")[1]
+    sdtune(*WORDS)
+    text = sdtune(*WORDS, "--dry-run")[1]
     file = tmp_path / "build.yaml"
     file.write_text(text)
     # As the file itself says; the bucket is the one that gcloud keeps sources in.
@@ -352,41 +334,41 @@ def test_gcloud_takes_the_printed_file_and_sends_the_same_build(
 
 
 @needs_gcloud
-def test_gcloud_sees_and_ends_what_sdtune_started(server: BuildServer, command: Command) -> None:
+def test_gcloud_sees_and_ends_what_sdtune_started(server: BuildServer, sdtune: Command) -> None:
     hold = threading.Event()
     server.script("build", Script(hold=hold))
-    command("build", "diffusers", "--detach")
+    sdtune("build", "diffusers", "--detach")
     (build_id,) = server.builds
     listed = json.loads(gcloud("builds", "list", "--region=us-central1", "--format=json"))
     assert [(build["id"], build["status"]) for build in listed] == [(build_id, "WORKING")]
     gcloud("builds", "cancel", build_id, "--region=us-central1")
-    code, _, err = command("build", "--follow", build_id)
+    code, _, err = sdtune("build", "--follow", build_id)
     assert (code, "sdtune-diffusers was not built: it was cancelled." in err) == (4, True)
 
 
 # --- setup -----------------------------------------------------------------------------------------------------------
 
 
-def test_setup_makes_a_project_ready_to_build(server: BuildServer, command: Command) -> None:
+def test_setup_makes_a_project_ready_to_build(server: BuildServer, sdtune: Command) -> None:
     storage_of(server).buckets.clear()
     server.registry.repositories.clear()
     server.services.enabled["my-project"] = set()
     words = ("setup", "--region", "europe-west4", "--repository", "images", "--bucket", "my-things")
     server.operations.slow = 0
 
-    code, out, _ = command(*words, "--dry-run")
+    code, out, _ = sdtune(*words, "--dry-run")
     assert (code, calls(server)) == (0, 0)
     assert "gcloud artifacts repositories create images --repository-format=docker --location=europe-west4" in out
     assert "gcloud storage buckets create gs://my-things --location=europe-west4 --uniform-bucket-level-access" in out
     assert out.count("gcloud services enable ") == 7
 
-    code, out, _ = command(*words)
+    code, out, _ = sdtune(*words)
     assert code == 0
     assert out.count(" created\n") == 9
     assert "sdtune init --project my-project --bucket gs://my-things" in out
-    code, out, _ = command(*words, "--json")
+    code, out, _ = sdtune(*words, "--json")
     told = [json.loads(line) for line in out.splitlines()]
     assert [line["outcome"] for line in told] == ["there"] * 9
     assert [line["kind"] for line in told] == ["API"] * 7 + ["repository", "bucket"]
-    assert command("build", "kohya", *words[1:])[0] == 0
+    assert sdtune("build", "kohya", *words[1:])[0] == 0
     assert "europe-west4-docker.pkg.dev/my-project/images/sdtune-kohya" in server.builds.popitem()[1].images[0]

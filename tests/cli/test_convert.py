@@ -5,38 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from sdtune.cli import app as cli
 from sdtune.commands import convert as command
 from sdtune.training.components.export import write_diffusers_lora, write_kohya_lora
 from sdtune.training.components.import_lora import read_lora
 from sdtune.training.components.lora_names import Family
 from sdtune.training.components.lora_weights import LoraModule, LoraWeights
 from sdtune.training.components.peft_folder import write_peft_lora
+from tests.conftest import Command
 
-Command = Callable[..., tuple[int, str, str]]
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 
 
 @pytest.fixture
-def convert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs ``sdtune convert``; its exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", "convert", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+def convert(sdtune: Command) -> Command:
+    """Runs ``sdtune convert``."""
+    return partial(sdtune, "convert")
 
 
 def lora(context: int = 768) -> LoraWeights:

@@ -14,23 +14,15 @@ import pytest
 from rich.console import Console as RichConsole
 
 from sdtune import __version__
-from sdtune.cli import app as cli
 from sdtune.cli import doctor_view
 from sdtune.commands.doctor import examine
 from sdtune.jobs.findings import Check, Finding
+from tests.conftest import Command
 from tests.servers.services import ServicesServer
 from tests.servers.services_methods import Bucket
 
+pytestmark = pytest.mark.usefixtures("alone")
 L4 = "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus"
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without the settings of this machine."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
-    for name in ("CLOUDSDK_CORE_PROJECT", "GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -45,118 +37,106 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServicesServer]:
         yield server
 
 
-@pytest.fixture
-def sdtune(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["sdtune", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0)
-
-    return run
-
-
-def test_a_project_that_has_everything(
-    google: ServicesServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sdtune("doctor", "--bucket", "gs://my-bucket", "--gpu", "l4", "--gpus", "1") == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+def test_a_project_that_has_everything(google: ServicesServer, sdtune: Command) -> None:
+    code, out, err = sdtune("doctor", "--bucket", "gs://my-bucket", "--gpu", "l4", "--gpus", "1")
+    assert code == 0
+    lines = out.splitlines()
     assert lines[0] == "Vertex AI in us-central1, project my-project"
-    assert [line[0] for line in lines[2:15]] == list("✓✓✓✓✓✓✓✓✓···✓")
-    assert not said.err
+    assert [line[0] for line in lines[2:17] if line[0] != " "] == list("✓✓✓✓✓✓✓✓✓✓···✓")
+    assert not err
 
 
-def test_what_is_bad_is_told_with_its_command_and_ends_with_3(
-    google: ServicesServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_bad_is_told_with_its_command_and_ends_with_3(google: ServicesServer, sdtune: Command) -> None:
     google.services.discard("logging")
     google.repositories.clear()
-    assert sdtune("doctor") == 3
-    said = capsys.readouterr()
-    lines = [line.strip() for line in said.out.splitlines()]
+    code, out, err = sdtune("doctor")
+    assert code == 3
+    lines = [line.strip() for line in out.splitlines()]
     assert "✗ APIs              1 of 5 is off: logging" in lines
     assert "gcloud services enable logging.googleapis.com --project=my-project" in lines
     assert any(line.startswith("gcloud artifacts repositories create sdtune ") for line in lines)
-    assert said.err == "error: 2 of 13 checks failed; the commands above mend them.\n"
+    assert err == "error: 2 of 14 checks failed; the commands above mend them.\n"
 
 
-def test_what_no_command_mends(
-    google: ServicesServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sdtune("doctor", "--gpus", "2") == 3
-    said = capsys.readouterr()
-    assert "✗ GPU quota         l4: found 1 in us-central1 for all jobs together, wanted 2" in said.out
-    assert "https://console.cloud.google.com/iam-admin/quotas?project=my-project" in said.out
-    assert said.err == "error: 1 of 13 checks failed; what stands above mends it.\n"
+def test_what_no_command_mends(google: ServicesServer, sdtune: Command) -> None:
+    code, out, err = sdtune("doctor", "--gpus", "2")
+    assert code == 3
+    assert "✗ GPU quota         l4: found 1 in us-central1 for all jobs together, wanted 2" in out
+    assert "https://console.cloud.google.com/iam-admin/quotas?project=my-project" in out
+    assert err == "error: 1 of 14 checks failed; what stands above mends it.\n"
 
 
-def test_one_object_for_each_check(
-    google: ServicesServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_object_for_each_check(google: ServicesServer, sdtune: Command) -> None:
     google.billing = None
-    assert sdtune("doctor", "--json") == 3
-    *checks, error = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    code, out, _ = sdtune("doctor", "--json")
+    assert code == 3
+    *checks, error = [json.loads(line) for line in out.splitlines()]
     found = {check["name"]: check for check in checks}
-    assert len(found) == len(checks) == 13
+    assert len(found) == len(checks) == 14
     assert {check["event"] for check in checks} == {"check"}
     assert (found["billing"]["grade"], found["project"]["grade"]) == ("bad", "good")
     assert "gcloud billing accounts list" in found["billing"]["commands"]
     assert (error["event"], error["exit_code"]) == ("error", 3)
 
 
-def test_settings_of_the_project_are_those_of_train(
-    google: ServicesServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_settings_of_the_project_are_those_of_train(google: ServicesServer, sdtune: Command, tmp_path: Path) -> None:
     (tmp_path / "sdtune.yaml").write_text("region: europe-west4\nbucket: gs://other-bucket\ntimeout: 2h\n")
-    assert sdtune("doctor") == 3
-    said = capsys.readouterr().out
-    assert said.startswith("Vertex AI in europe-west4, project my-project")
-    assert "gcloud storage buckets create gs://other-bucket --location=europe-west4" in said
+    code, out, _ = sdtune("doctor")
+    assert code == 3
+    assert out.startswith("Vertex AI in europe-west4, project my-project")
+    assert "gcloud storage buckets create gs://other-bucket --location=europe-west4" in out
 
 
 def test_this_machine_where_no_project_is_known(
-    sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sdtune: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # without nvidia-smi
-    assert sdtune("doctor") == 0
-    said = capsys.readouterr().out
-    assert said.startswith("This machine\n")
-    assert "✓ trainer           torch " in said
-    assert "! GPU               none is seen by nvidia-smi" in said
+    code, out, _ = sdtune("doctor")
+    assert code == 0
+    assert out.startswith("This machine\n")
+    assert "✓ trainer           torch " in out
+    assert "! GPU               none is seen by nvidia-smi" in out
 
 
-def test_a_gpu_that_torch_was_not_built_for(
-    sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_gpu_that_torch_was_not_built_for(sdtune: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver = tmp_path / "nvidia-smi"
     driver.write_text("#!/bin/sh\necho 'NVIDIA L4, 23034 MiB'\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setattr("sdtune.backends.local.checks.version", lambda name: "2.9.0+cpu")
-    assert sdtune("doctor", "--backend", "local") == 3
-    said = capsys.readouterr().out
-    assert "NVIDIA L4, 23034 MiB, but torch 2.9.0+cpu is built without CUDA" in said
+    code, out, _ = sdtune("doctor", "--backend", "local")
+    assert code == 3
+    assert "NVIDIA L4, 23034 MiB, but torch 2.9.0+cpu is built without CUDA" in out
 
 
-def test_an_option_of_the_cloud_for_this_machine(
-    sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sdtune("doctor", "--backend", "local", "--gpu", "l4") == 2
-    assert "gpu: is for jobs in Google Cloud" in capsys.readouterr().err
+def test_an_option_of_the_cloud_for_this_machine(sdtune: Command) -> None:
+    code, _, err = sdtune("doctor", "--backend", "local", "--gpu", "l4")
+    assert code == 2
+    assert "gpu: is for jobs in Google Cloud" in err
 
 
-def test_an_impossible_machine_is_refused_before_anything_is_asked(
-    google: ServicesServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sdtune("doctor", "--machine-type", "n1-standard-8", "--gpu", "a100", "--gpus", "2") == 2
-    assert "a2-highgpu-2g" in capsys.readouterr().err
+def test_the_account_of_builds_is_named(google: ServicesServer, sdtune: Command) -> None:
+    builder = google.add_account("builder")
+    code, out, _ = sdtune("doctor", "--build-account", builder)
+    assert code == 0
+    assert f"! build account     {builder} has no role that allows it to push to sdtune, and is not known" in out
+    code, _, err = sdtune("doctor", "--build-account", "builder")
+    assert (code, "build_account: found 'builder', wanted NAME@PROJECT" in err) == (2, True)
+    code, _, err = sdtune("doctor", "--backend", "local", "--build-account", builder)
+    assert (code, "build_account: is for jobs in Google Cloud" in err) == (2, True)
+
+
+def test_an_impossible_machine_is_refused_before_anything_is_asked(google: ServicesServer, sdtune: Command) -> None:
+    code, _, err = sdtune("doctor", "--machine-type", "n1-standard-8", "--gpu", "a100", "--gpus", "2")
+    assert code == 2
+    assert "a2-highgpu-2g" in err
     assert not google.requests
 
 
-def test_a_cloud_option_without_a_project(sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert sdtune("doctor", "--gpu", "l4") == 2
-    assert "project: missing" in capsys.readouterr().err
+def test_a_cloud_option_without_a_project(sdtune: Command) -> None:
+    code, _, err = sdtune("doctor", "--gpu", "l4")
+    assert code == 2
+    assert "project: missing" in err
 
 
 def on_a_terminal(findings: dict[str, Finding], needs: tuple[str, ...] = ()) -> str:

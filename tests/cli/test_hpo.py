@@ -17,17 +17,15 @@ import yaml
 from PIL import Image
 from rich.console import Console as RichConsole
 
-from sdtune.cli import app as cli
 from sdtune.cli import hpo, hpo_view
 from sdtune.commands.hpo_picture import draw
 from sdtune.errors import JobError, ProjectError
 from sdtune.jobs.search_space import Parameter, SearchSpace
 from sdtune.jobs.study import Measurement, StudyRecord, Trial
 from sdtune.methods.catalog import ALIASES, METHODS
-from tests.conftest import BASE_MODEL
+from tests.conftest import BASE_MODEL, Command
 from tests.servers.cloud import Cloud, loopback_cloud
 
-Sdtune = Callable[..., tuple[int, str, str]]
 # A trainer that knows its loss: least at a learning rate of 1e-4. What else it does, its prompt says.
 TRAINER = """
 import json, math, os, sys, time
@@ -72,21 +70,6 @@ def quick(cloud: Cloud[Any], monkeypatch: pytest.MonkeyPatch) -> Cloud[Any]:
     return cloud
 
 
-@pytest.fixture
-def sdtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Sdtune:
-    """Runs the command line; its exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
-
-
 def search(dataset: Path, name: str, *more: Any, prompt: str = "a photo of sks cat") -> list[Any]:
     return [
         "hpo", "dreambooth-lora", "--base-model", BASE_MODEL, "--dataset", dataset, "--output", f"gs://bkt/{name}",
@@ -113,7 +96,7 @@ def test_no_method_is_called_like_a_command() -> None:
 
 
 def test_a_dry_run_shows_the_search_and_sends_nothing(
-    cloud: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path]
+    cloud: Cloud[Any], sdtune: Command, pictures: Callable[..., Path]
 ) -> None:
     tune = ["--tune", "learning_rate=1e-5:1e-3:log", "--tune", "rank=4,8,16,32", "--max-failed-trials", "2"]
     code, out, _ = sdtune(*search(pictures(), "dry", *tune, "--parallel-trials", "3"), "--dry-run")
@@ -130,7 +113,7 @@ def test_a_dry_run_shows_the_search_and_sends_nothing(
 
 
 def test_without_tune_the_methods_own_space_is_searched(
-    cloud: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path], tmp_path: Path
+    cloud: Cloud[Any], sdtune: Command, pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text("tune: [snr_gamma]\nmax_trials: 5\nalgorithm: random\nrank: 8\n")
     dataset = pictures()
@@ -144,7 +127,7 @@ def test_without_tune_the_methods_own_space_is_searched(
 
 
 def test_all_mistakes_are_told_before_anything_is_sent(
-    cloud: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path]
+    cloud: Cloud[Any], sdtune: Command, pictures: Callable[..., Path]
 ) -> None:
     words = search(
         pictures(), "wrong", "--tune", "seed=1,2", "--tune", "rank=64:4", "--max-trials", "2", "--parallel-trials", "3",
@@ -173,13 +156,15 @@ def test_all_mistakes_are_told_before_anything_is_sent(
     ],
 )  # fmt: skip
 def test_a_search_that_cannot_succeed_is_refused(
-    more: list[str], mistake: str, cloud: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path]
+    more: list[str], mistake: str, cloud: Cloud[Any], sdtune: Command, pictures: Callable[..., Path]
 ) -> None:
     code, _, err = sdtune(*search(pictures(), "refused", *more), "--dry-run")
     assert (code, mistake in err) == (2, True), err
 
 
-def test_what_makes_a_search_doubtful_is_said(cloud: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path]) -> None:
+def test_what_makes_a_search_doubtful_is_said(
+    cloud: Cloud[Any], sdtune: Command, pictures: Callable[..., Path]
+) -> None:
     code, out, _ = sdtune(*search(pictures(), "doubt", "--held-out-images", "0"), "--dry-run")
     assert code == 0
     assert "no picture is held out" in out
@@ -195,7 +180,7 @@ def test_what_makes_a_search_doubtful_is_said(cloud: Cloud[Any], sdtune: Sdtune,
 
 
 def test_from_a_search_to_the_recipe_of_its_best_trial(
-    quick: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path], tmp_path: Path
+    quick: Cloud[Any], sdtune: Command, pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     tune = ["--tune", "learning_rate=1e-6:1e-2:log", "--tune", "rank=4,8", "--max-trials", "4", "--seed-per-trial"]
     code, out, err = sdtune(*search(pictures(), "whole", *tune, "--parallel-trials", "2"), "--json")
@@ -251,7 +236,7 @@ def test_from_a_search_to_the_recipe_of_its_best_trial(
 
 
 def test_a_failed_study_says_why_and_keeps_its_best(
-    quick: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path]
+    quick: Cloud[Any], sdtune: Command, pictures: Callable[..., Path]
 ) -> None:
     few = ["--max-trials", "4", "--parallel-trials", "1", "--max-failed-trials", "2"]
     code, out, err = sdtune(*search(pictures(), "fails", *few, prompt="a photo of sks that will fail"))
@@ -270,7 +255,7 @@ def test_a_failed_study_says_why_and_keeps_its_best(
 
 
 def test_a_study_that_was_left_is_looked_at_and_cancelled(
-    quick: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    quick: Cloud[Any], sdtune: Command, pictures: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = ["--max-trials", "2", "--parallel-trials", "2"]
     words = search(pictures(), "left", *two, prompt="forever sks")
@@ -298,7 +283,7 @@ def test_a_study_that_was_left_is_looked_at_and_cancelled(
 
 
 def test_trials_of_the_real_trainer_reach_a_best_setting(
-    cloud: Cloud[Any], sdtune: Sdtune, pictures: Callable[..., Path], tmp_path: Path
+    cloud: Cloud[Any], sdtune: Command, pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Real processes train real LoRAs side by side; each in a folder of its own, each measured on what is held out."""
     tune = ["--tune", "learning_rate=1e-5:1e-2:log", "--tune", "rank=4,8"]

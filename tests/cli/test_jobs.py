@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from sdtune.backends.registry import open_backend
-from sdtune.cli import app as cli
 from sdtune.jobs.machines import choose_machine
 from sdtune.jobs.placement import Placement
 from sdtune.jobs.spec import JobSpec
+from tests.conftest import Command
 from tests.servers.cloud import Cloud, loopback_cloud
 
-Command = Callable[..., tuple[int, str, str]]
 SCRIPT = "import sys; print('one'); print('two'); sys.stderr.write('Traceback: three\\n'); sys.exit({})"
 
 
@@ -26,26 +25,12 @@ def server() -> Iterator[Cloud[Any]]:
         yield cloud
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cloud(server: Cloud[Any], monkeypatch: pytest.MonkeyPatch) -> Cloud[Any]:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sdtune.backends.vertex.specs.COMMAND", ("python", "-c"))
     return server
-
-
-@pytest.fixture
-def sdtune(cloud: Cloud[Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture

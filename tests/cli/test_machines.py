@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 from rich.console import Console
 
-from sdtune.cli import app as cli
 from sdtune.cli import machines_view
 from sdtune.jobs.machine_table import GPUS
 from sdtune.jobs.memory import estimate, fits
 from sdtune.methods.catalog import find_method
-
-Command = Callable[..., tuple[int, str, str]]
+from tests.conftest import Command
 
 
 @pytest.fixture
-def machines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs ``sdtune machines``; its exit code, standard output and standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", "machines", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+def machines(sdtune: Command) -> Command:
+    """Runs ``sdtune machines``."""
+    return partial(sdtune, "machines")
 
 
 def test_the_table_has_every_gpu_with_its_machines(machines: Command) -> None:

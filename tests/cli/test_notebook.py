@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sdtune.cli import app as cli
+from tests.conftest import Command
 from tests.notebooks import printed, read, write
 from tests.servers.cloud import Cloud, loopback_cloud
 from tests.servers.storage import StorageServer
@@ -23,29 +24,12 @@ SDTUNE = str(Path(sys.executable).with_name("sdtune"))
 NETWORK = ["--network", "projects/123456789012/global/networks/vpc"]
 SHARE = [*NETWORK, "--nfs", "10.0.0.2:/vol1=/mnt/nfs/models"]
 IN_CLOUD = ["--output", "gs://my-bucket/runs", "--project", "my-project"]
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def sdtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Command]:
-    """Runs ``sdtune notebook run`` in this process, in a folder of its own, without anybody's settings."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
-    for name in ("CLOUDSDK_CORE_PROJECT", "GOOGLE_CLOUD_PROJECT", "SDTUNE_OUTPUT", "SDTUNE_PROJECT", "SDTUNE_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", "notebook", "run", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def run_notebook(alone: None, sdtune: Command) -> Command:
+    """Runs ``sdtune notebook run``, without anybody's settings."""
+    return partial(sdtune, "notebook", "run")
 
 
 def told(text: str) -> list[dict[str, Any]]:
@@ -59,13 +43,13 @@ def job(out: str) -> dict[str, Any]:
 # --- planned ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_job_and_makes_no_call(sdtune: Command, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_job_and_makes_no_call(run_notebook: Command, tmp_path: Path) -> None:
     file = write(tmp_path / "train.ipynb", ("steps = 1", "parameters"), "print(steps)")
     words = [file, *IN_CLOUD, "-p", "steps=5", "--gpu", "t4", "--spot", "--cell-timeout", "2h", "--kernel", "python3",
              "--container", "kohya", *SHARE, "--dry-run", "--json"]  # fmt: skip
     # What is for training alone is left out, and not refused.
     (tmp_path / "sdtune.yaml").write_text("replicas: 4\nlabels: {team: art}\nrestart_on_preemption: true\n")
-    code, out, err = sdtune(*words)
+    code, out, err = run_notebook(*words)
     assert code == 0, err
     rendered = job(out)
     (pool,) = rendered["jobSpec"]["workerPoolSpecs"]
@@ -88,14 +72,14 @@ def test_a_dry_run_prints_the_job_and_makes_no_call(sdtune: Command, tmp_path: P
         '--parameters={"steps": 5}',
     ]  # fmt: skip
     # The content decides where it is.
-    assert job(sdtune(*words)[1])["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"][1] == notebook
+    assert job(run_notebook(*words)[1])["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"][1] == notebook
     write(file, "print(2)")
-    assert job(sdtune(*words)[1])["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"][1] != notebook
+    assert job(run_notebook(*words)[1])["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"][1] != notebook
 
 
-def test_the_plan_says_what_with_what_and_where(sdtune: Command, tmp_path: Path) -> None:
+def test_the_plan_says_what_with_what_and_where(run_notebook: Command, tmp_path: Path) -> None:
     file = write(tmp_path / "train.ipynb", ("max_steps = 1\nlr = 1e-4", "parameters"))
-    _, out, _ = sdtune(file, *IN_CLOUD, "-p", "max_step=5", "-p", "lr=1e-3", "-r", "lr2=7", *SHARE, "--dry-run")
+    _, out, _ = run_notebook(file, *IN_CLOUD, "-p", "max_step=5", "-p", "lr=1e-3", "-r", "lr2=7", *SHARE, "--dry-run")
     assert "notebook on Vertex AI in us-central1, project my-project" in out
     for row in ("max_step = 5", "lr = 0.001", "lr2 = '7'"):
         assert f"  parameter   {row}" in out
@@ -104,10 +88,12 @@ def test_the_plan_says_what_with_what_and_where(sdtune: Command, tmp_path: Path)
     assert "which sets max_steps, lr: max_step (did you mean max_steps?), lr2" in out
     assert "Nothing was started" in out
     write(file, "print(1)")
-    assert "no cell tagged 'parameters'" in sdtune(file, *IN_CLOUD, "-p", "a=1", "--dry-run")[1]
-    assert "warning" not in sdtune(file, *IN_CLOUD, "--dry-run")[1]
+    assert "no cell tagged 'parameters'" in run_notebook(file, *IN_CLOUD, "-p", "a=1", "--dry-run")[1]
+    assert "warning" not in run_notebook(file, *IN_CLOUD, "--dry-run")[1]
     # A notebook in a bucket is read in place, and where no call is made, not looked at.
-    args = job(sdtune("gs://my-bucket/x.ipynb", *IN_CLOUD, "--dry-run", "--json")[1])["jobSpec"]["workerPoolSpecs"][0]
+    args = job(run_notebook("gs://my-bucket/x.ipynb", *IN_CLOUD, "--dry-run", "--json")[1])["jobSpec"][
+        "workerPoolSpecs"
+    ][0]
     assert args["containerSpec"]["args"][1] == "--notebook=gs://my-bucket/x.ipynb"
 
 
@@ -121,22 +107,22 @@ def test_the_plan_says_what_with_what_and_where(sdtune: Command, tmp_path: Path)
     ],
 )
 def test_what_the_image_does_not_have_is_told_before_it_is_paid_for(
-    sdtune: Command, source: str, name: str, tmp_path: Path
+    run_notebook: Command, source: str, name: str, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "x.ipynb", source)
-    _, out, _ = sdtune(file, *IN_CLOUD, "--dry-run")
+    _, out, _ = run_notebook(file, *IN_CLOUD, "--dry-run")
     assert bool(re.search(rf"a cell uses sdtune\.({name}), which is not in the image diffusers", out)) == bool(name)
-    assert "a cell uses" not in sdtune(file, *IN_CLOUD, "--image", "my/own:1", "--dry-run")[1]
-    assert "a cell uses" not in sdtune(file, "--output", "out", "--dry-run")[1]
+    assert "a cell uses" not in run_notebook(file, *IN_CLOUD, "--image", "my/own:1", "--dry-run")[1]
+    assert "a cell uses" not in run_notebook(file, "--output", "out", "--dry-run")[1]
 
 
-def test_parameters_come_from_all_places_in_papermills_order(sdtune: Command, tmp_path: Path) -> None:
+def test_parameters_come_from_all_places_in_papermills_order(run_notebook: Command, tmp_path: Path) -> None:
     file = write(tmp_path / "x.ipynb", "1")
     (tmp_path / "a.yaml").write_text("one: file\ntwo: file\nranks: [4, 8]\nday: 2026-11-25\n")
     words = ["-f", tmp_path / "a.yaml", "-y", "{two: yaml, three: yaml, deep: {a: [1.5, null, true]}}",
              "-p", "three=3", "-p", "four=a=b", "-r", "four=5", "-p", "four=6", "-p", "text=",
              "-p", "emoji=🐈 \"x\"\n$(HOME)"]  # fmt: skip
-    code, out, err = sdtune(file, *IN_CLOUD, *words, "--dry-run", "--json")
+    code, out, err = run_notebook(file, *IN_CLOUD, *words, "--dry-run", "--json")
     assert code == 0, err
     plan = told(out)[0]
     assert plan["parameters"] == {
@@ -148,10 +134,10 @@ def test_parameters_come_from_all_places_in_papermills_order(sdtune: Command, tm
     assert json.loads(argument.removeprefix("--parameters=")) == plan["parameters"]
 
 
-def test_every_mistake_is_told_at_once(sdtune: Command, tmp_path: Path) -> None:
+def test_every_mistake_is_told_at_once(run_notebook: Command, tmp_path: Path) -> None:
     (tmp_path / "script.ipynb").write_text("import torch\n")
     (tmp_path / "list.yaml").write_text("[1, 2]")
-    code, _, err = sdtune(
+    code, _, err = run_notebook(
         "script.ipynb", "--output", "gs://my-bucket", "--project", "my-project",
         "-p", "a", "-p", "é=1", "-p", "class=2", "-f", "list.yaml", "-f", "nothing.yaml",
         "-y", "{", "--cell-timeout", "soon", "--gpu", "l5", "--container", "x",
@@ -188,47 +174,49 @@ def test_every_mistake_is_told_at_once(sdtune: Command, tmp_path: Path) -> None:
         (["x.txt", *IN_CLOUD], "wanted a name that ends with .ipynb"),
     ],
 )
-def test_what_cannot_be_is_refused(sdtune: Command, words: list[str], said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused(run_notebook: Command, words: list[str], said: str, tmp_path: Path) -> None:
     write(tmp_path / "x.ipynb", "1")
     write(tmp_path / "r.ipynb", "1", kernel="ir", language="R")
     write(tmp_path / "x.txt", "1")
-    code, out, err = sdtune(*(word.format(here="x.ipynb") for word in words), "--dry-run")
+    code, out, err = run_notebook(*(word.format(here="x.ipynb") for word in words), "--dry-run")
     assert code == 2, out
     assert said in err
 
 
-def test_a_machine_without_a_gpu_will_do(sdtune: Command, tmp_path: Path) -> None:
+def test_a_machine_without_a_gpu_will_do(run_notebook: Command, tmp_path: Path) -> None:
     file = write(tmp_path / "x.ipynb", "1")
-    pool = job(sdtune(file, *IN_CLOUD, "--gpu", "none", "--dry-run", "--json")[1])["jobSpec"]["workerPoolSpecs"][0]
+    pool = job(run_notebook(file, *IN_CLOUD, "--gpu", "none", "--dry-run", "--json")[1])["jobSpec"]["workerPoolSpecs"][
+        0
+    ]
     assert pool["machineSpec"] == {"machineType": "e2-standard-4"}
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
 
 
-def test_this_machine_runs_it_and_the_exit_code_tells(sdtune: Command, tmp_path: Path) -> None:
+def test_this_machine_runs_it_and_the_exit_code_tells(run_notebook: Command, tmp_path: Path) -> None:
     file = write(tmp_path / "lab" / "x.ipynb", ("n = 0", "parameters"), "print('n is', n)\n10 / n")
     words = [file, "--output", tmp_path / "out"]
-    code, out, err = sdtune(*words)
+    code, out, err = run_notebook(*words)
     assert code == 7
     assert "n is 0" in out
     assert "cell [2], \"print('n is', n)\", failed: ZeroDivisionError: division by zero; at line 2: 10 / n" in err
     assert f"The notebook as far as it came: {tmp_path}/out/x.ipynb" in err
     # What broke off makes room, as an unfinished training does; what came to its end does not.
-    code, out, err = sdtune(*words, "-p", "n=5")
+    code, out, err = run_notebook(*words, "-p", "n=5")
     assert code == 0, err
     assert "Done in" in out
     assert "3 cells run" in out
     assert f"{tmp_path}/out/x.ipynb" in out
     assert printed(read(tmp_path / "out" / "x.ipynb").cells[2]) == "n is 5\n2.0"
-    code, _, err = sdtune(*words, "-p", "n=4")
+    code, _, err = run_notebook(*words, "-p", "n=4")
     assert code == 2
     assert "already holds x.ipynb; choose another --output or add --overwrite" in err
-    assert sdtune(*words, "-p", "n=4", "--overwrite")[0] == 0
-    assert sdtune(*words, "--detach", "--overwrite")[0] == 2
+    assert run_notebook(*words, "-p", "n=4", "--overwrite")[0] == 0
+    assert run_notebook(*words, "--detach", "--overwrite")[0] == 2
 
 
-def test_ctrl_c_stops_it_and_leaves_what_there_is(sdtune: Command, tmp_path: Path) -> None:
+def test_ctrl_c_stops_it_and_leaves_what_there_is(run_notebook: Command, tmp_path: Path) -> None:
     write(tmp_path / "x.ipynb", "print('begun', flush=True)\nimport time\ntime.sleep(600)")
     with subprocess.Popen(
         [SDTUNE, "notebook", "run", "x.ipynb", "--output", "out"], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
@@ -251,7 +239,7 @@ def test_ctrl_c_stops_it_and_leaves_what_there_is(sdtune: Command, tmp_path: Pat
 
 
 @pytest.fixture
-def cloud(sdtune: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud[StorageServer]]:
+def cloud(run_notebook: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud[StorageServer]]:
     """Vertex AI, Cloud Logging and Cloud Storage on this machine, with a bucket and a share."""
     with loopback_cloud() as found:
         found.vertex.projects["my-project"] = "123456789012"

@@ -11,26 +11,8 @@ import pytest
 from PIL import Image
 
 from sdtune import __version__
-from sdtune.cli import app as cli
 from sdtune.methods.catalog import ALIASES, METHODS
-from tests.conftest import BASE_MODEL
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sdtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs the command line; its exit code, standard output and standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+from tests.conftest import BASE_MODEL, Command
 
 
 def good(pictures: Path, tmp_path: Path) -> list[Any]:

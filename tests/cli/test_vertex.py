@@ -12,29 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from sdtune.cli import app as cli
-from tests.conftest import BASE_MODEL
+from tests.conftest import BASE_MODEL, Command
 
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def sdtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
-    """Runs the command line in a folder of its own, without anybody's settings."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
-    for name in ("CLOUDSDK_CORE_PROJECT", "GOOGLE_CLOUD_PROJECT", "SDTUNE_GPU", "SDTUNE_PROJECT", "SDTUNE_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*words: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sdtune", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return run
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def train(*more: Any, output: str = "gs://my-bucket/cat") -> list[Any]:

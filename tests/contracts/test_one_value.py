@@ -104,6 +104,7 @@ VALUES: dict[str, Any] = {
     "prior_loss_weight": 0.75,
     "random_flip": True,
     "gradient_checkpointing": True,
+    "torch_compile": True,
     "optimizer": "lion",
     "lr_num_cycles": 3,
     "held_out_images": 3,
