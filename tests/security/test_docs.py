@@ -6,6 +6,7 @@ import re
 
 from sdtune.backends.storage import WRITER
 from sdtune.backends.vertex.account_checks import BROAD, USER
+from sdtune.backends.vertex.build_checks import KEEPER, PUSHER
 from sdtune.backends.vertex.checks import vertex_checks
 from sdtune.backends.vertex.project_checks import ROLES
 from sdtune.backends.vertex.secret_checks import ACCESSOR
@@ -14,16 +15,15 @@ from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
 TO_SET_UP = {"roles/serviceusage.serviceUsageAdmin", "roles/artifactregistry.admin", "roles/storage.admin"}
-OF_BUILDS = {"roles/logging.logWriter"}
 
 
 def test_the_roles_are_those_that_doctor_asks_for() -> None:
     listed = set(re.findall(r"roles/[A-Za-z.]+[A-Za-z]", TEXT))
-    asked = {*ROLES, WRITER, USER, ACCESSOR}
+    asked = {*ROLES, WRITER, USER, ACCESSOR, PUSHER, KEEPER}
     assert asked <= listed
-    assert listed - asked <= TO_SET_UP | OF_BUILDS | set(BROAD)
-    # What a job needs in one place is too much in a whole project.
-    assert ACCESSOR in BROAD
+    assert listed - asked <= TO_SET_UP | set(BROAD)
+    # What a job or a build needs in one place is too much in a whole project.
+    assert {ACCESSOR, KEEPER} <= set(BROAD)
     assert WRITER not in BROAD
 
 

@@ -1,8 +1,9 @@
 """The small APIs around Vertex AI on 127.0.0.1: what a project is, has and allows.
 
 Resource Manager, Cloud Billing, Service Usage with its quotas, IAM, Compute Engine's networks, Artifact Registry,
-Filestore, and of Cloud Storage the buckets without their objects (those are in storage.py), with Google's token
-endpoint. The messages are those of the published APIs; paths, parameters and fields that these do not have are refused.
+Filestore, of Cloud Build whom builds act as, of Cloud Storage the buckets without their objects (those are in
+storage.py), with Google's token endpoint. The messages are those of the published APIs; paths, parameters and fields
+that these do not have are refused.
 
     with ServicesServer() as server:
         server.services.discard("logging")
@@ -33,7 +34,7 @@ STATUS = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENI
           409: "ALREADY_EXISTS", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}  # fmt: skip
 HOSTS = {
     "cloudresourcemanager": "", "cloudbilling": "", "serviceusage": "", "iam": "", "compute": "compute/v1/",
-    "artifactregistry": "", "file": "", "storage": "storage/v1/", "secretmanager": "",
+    "artifactregistry": "", "file": "", "storage": "storage/v1/", "secretmanager": "", "cloudbuild": "",
 }  # fmt: skip
 """The services that are here, and what gcloud expects at the end of the address that stands in for them."""
 
@@ -55,7 +56,8 @@ class ServicesServer(Loopback):
     denied: permissions that the caller lacks. off: APIs whose own methods are refused, as they are where they were
     never switched on. policy: role -> members, of the project. images: (name, digest or tag) -> when it was made.
     networks: name -> peerings; hosts: other projects that have them too, as of a Shared VPC. quotas: metric -> limits
-    by region, "" for all others. secrets: name -> role -> who has it, None
+    by region, "" for all others. builder: whom builds act as that name no account. pushers: role -> members, of every
+    repository; None where the policy may not be read. secrets: name -> role -> who has it, None
     where the policy may not be read. revoked: the login is no longer taken. delay: seconds before each answer.
     """
 
@@ -67,10 +69,15 @@ class ServicesServer(Loopback):
         self.off: set[str] = set()
         self.denied: set[str] = set()
         agent = f"serviceAccount:service-{number}@gcp-sa-aiplatform-cc.iam.gserviceaccount.com"
-        self.policy: dict[str, list[str]] | None = {"roles/aiplatform.customCodeServiceAgent": [agent]}
+        self.builder = f"{number}-compute@developer.gserviceaccount.com"
+        self.policy: dict[str, list[str]] | None = {
+            "roles/aiplatform.customCodeServiceAgent": [agent],
+            "roles/cloudbuild.builds.builder": [f"serviceAccount:{self.builder}"],
+        }
+        self.pushers: dict[str, list[str]] | None = {}
         self.repositories: dict[tuple[str, str], str] = {("us-central1", "sdtune"): "DOCKER"}
         self.images: dict[tuple[str, str], str] = {}
-        self.accounts: dict[str, dict[str, Any]] = {}
+        self.accounts: dict[str, dict[str, Any]] = {self.builder: {"email": self.builder}}
         self.account_members: dict[str, dict[str, list[str]]] = {}
         self.hosts: set[str] = set()
         self.networks: dict[str, list[dict[str, Any]]] = {}

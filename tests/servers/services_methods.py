@@ -251,6 +251,29 @@ def create_repository(asked: Asked) -> dict[str, Any]:
     return _done(asked, {"@type": "type.googleapis.com/google.devtools.artifactregistry.v1.Repository", **made})
 
 
+def repository_policy(asked: Asked) -> dict[str, Any]:
+    repository(asked)
+    if asked.server.pushers is None:
+        raise RefusedError(403, "Permission 'artifactregistry.repositories.getIamPolicy' denied on resource.")
+    return _policy(asked.server.pushers)
+
+
+def set_repository_policy(asked: Asked) -> dict[str, Any]:
+    repository(asked)
+    asked.server.pushers = _members(asked.body["policy"])
+    return _policy(asked.server.pushers)
+
+
+def account_of_builds(asked: Asked) -> dict[str, Any]:
+    project, location = asked.names
+    asked.need_project(project)
+    account = f"projects/{asked.server.project}/serviceAccounts/{asked.server.builder}"
+    return {
+        "name": f"projects/{asked.server.number}/locations/{location}/defaultServiceAccount",
+        "serviceAccountEmail": account,
+    }
+
+
 def tag(asked: Asked) -> dict[str, Any]:
     *where, package, name = asked.names
     digest = asked.server.images.get((package, f"{name}@"))
@@ -392,6 +415,11 @@ METHODS: tuple[tuple[str, str, str, set[str], Method], ...] = (
     ("iam", rf"POST v1/{PROJECT}/serviceAccounts", "body", {"accountId", "serviceAccount"}, create_account),
     ("compute", rf"GET compute/v1/{PROJECT}/global/networks/([^/]+)", "", set(), network),
     ("artifactregistry", rf"GET {REPOSITORIES}/([^/:]+)", "", set(), repository),
+    ("artifactregistry", rf"GET {REPOSITORIES}/([^/:]+):getIamPolicy", "query", {"options.requestedPolicyVersion"},
+     repository_policy),
+    ("artifactregistry", rf"POST {REPOSITORIES}/([^/:]+):setIamPolicy", "body", {"policy", "updateMask"},
+     set_repository_policy),
+    ("cloudbuild", rf"GET v1/{PROJECT}/locations/([^/]+)/defaultServiceAccount", "", set(), account_of_builds),
     ("artifactregistry", rf"POST {REPOSITORIES}", "query", {"repositoryId"}, create_repository),
     ("artifactregistry", rf"GET {PACKAGE}/tags/([^/]+)", "", set(), tag),
     ("artifactregistry", rf"GET {PACKAGE}/versions/([^/]+)", "", set(), version),

@@ -35,15 +35,15 @@ def open_archive(placement: Placement) -> JobArchive:
     return VertexJobs(placement)
 
 
-def open_checks(name: str, placement: Placement) -> list[Check]:
-    """What can be asked about the backend called ``name``."""
+def open_checks(name: str, placement: Placement, build_account: str = "") -> list[Check]:
+    """What can be asked about the backend called ``name``. build_account: see vertex_checks()."""
     if name == "local":
         from sdtune.backends.local.checks import local_checks
 
         return local_checks()
     from sdtune.backends.vertex.checks import vertex_checks
 
-    return vertex_checks(placement.in_project())
+    return vertex_checks(placement.in_project(), build_account)
 
 
 def open_builder(placement: Placement) -> Builder:

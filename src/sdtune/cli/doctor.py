@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Annotated, Any
 
 import typer
@@ -21,11 +22,14 @@ from sdtune.jobs.project import find_project_file, from_environment, gcloud_defa
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
-def run(*, backend: str | None, json: bool, **arguments: Any) -> None:
+def run(*, backend: str | None, build_account: str | None, json: bool, **arguments: Any) -> None:
     """Ask everything, show what was found."""
     typed = typed_settings(Placement, arguments)
-    name, placement = _place(backend, typed)
-    checks = open_checks(name, placement)
+    # Whoever names an account of Google Cloud does not ask about this machine.
+    name, placement = _place(backend, {**typed, **({"build_account": build_account} if build_account else {})})
+    if build_account and not re.fullmatch(r"[^@/\s]+@[^@/\s]+\.[^@/\s]+", build_account):
+        raise RecipeError(f"build_account: found {build_account!r}, wanted NAME@PROJECT.iam.gserviceaccount.com.")
+    checks = open_checks(name, placement, build_account or "")
     findings = examine(checks)
     if json:
         shown = doctor_view.as_lines(findings)
@@ -62,6 +66,13 @@ BACKEND = Annotated[
         metavar=f"[{'|'.join(BACKENDS)}]",
     ),
 ]
+BUILD_ACCOUNT = Annotated[
+    str | None,
+    typer.Option(
+        "--build-account",
+        help="Account that sdtune build is given as its --service-account. Not given: Cloud Build's choice.",
+    ),
+]
 CHECKED = (
     "project", "region", "gpu", "gpus", "machine_type", "force_machine", "replicas", "strategy", "spot", "image",
     "repository", "bucket", "service_account", "network", "nfs", "hf_token_secret", "wandb_key_secret",
@@ -77,6 +88,7 @@ doctor.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, annotation=BACKEND, default=None),
         *(option for option in parameters_of(Placement, taken={"backend", "json"}) if option.name in CHECKED),
+        inspect.Parameter("build_account", inspect.Parameter.KEYWORD_ONLY, annotation=BUILD_ACCOUNT, default=None),
         inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, annotation=JsonOption, default=False),
     ]
 )

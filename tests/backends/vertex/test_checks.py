@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,66 +16,22 @@ import pytest
 import requests
 
 from sdtune import __version__
-from sdtune.backends.registry import open_checks
 from sdtune.backends.vertex.asking import Project
-from sdtune.backends.vertex.google import default_credentials
 from sdtune.backends.vertex.image_checks import parse_image
 from sdtune.backends.vertex.project_checks import credentials
 from sdtune.commands.doctor import examine
 from sdtune.jobs.findings import Check, Finding
 from sdtune.jobs.placement import Placement
+from tests.backends.vertex.doctor import ALL, L4, NETWORK, SHARE, SPOT_L4, TRAINER, ask, grades
 from tests.servers.services import ServicesServer
-from tests.servers.services_methods import Bucket
 from tests.servers.storage import StorageServer
 
-L4 = "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus"
-SPOT_L4 = "aiplatform.googleapis.com/custom_model_training_preemptible_nvidia_l4_gpus"
-NETWORK = "projects/123456789012/global/networks/vpc"
-SHARE = "10.0.0.2:/vol1=/mnt/nfs/models"
-TRAINER = "trainer@my-project.iam.gserviceaccount.com"
-ALL = {"bucket": "gs://my-bucket/some/folder", "service_account": TRAINER, "network": NETWORK, "nfs": [SHARE]}
-
-
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No credentials of this machine, and none of another test."""
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST"):
-        monkeypatch.delenv(name, raising=False)
-    default_credentials.cache_clear()
-    yield
-    default_credentials.cache_clear()
-
-
-@pytest.fixture
-def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServicesServer]:
-    """A project in which nothing is missing for ALL."""
-    with ServicesServer() as server:
-        server.buckets["my-bucket"] = Bucket(members={"roles/storage.objectUser": [f"serviceAccount:{TRAINER}"]})
-        server.add_image("sdtune-diffusers", __version__)
-        server.add_account("trainer")
-        server.secrets["token"] = {"roles/secretmanager.secretAccessor": [f"serviceAccount:{TRAINER}"]}
-        server.add_network("vpc")
-        server.add_instance("10.0.0.2")
-        server.quotas = {L4: {"": 0, "us-central1": 8}, SPOT_L4: {"": 4}}
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
-
-
-def ask(**settings: Any) -> dict[str, Finding]:
-    placement = Placement.from_settings({"project": "my-project", **settings})
-    return dict(examine(open_checks("vertex", placement)))
-
-
-def grades(found: dict[str, Finding], *wanted: str) -> list[str]:
-    return [name for name, finding in found.items() if finding.grade in wanted]
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def test_nothing_is_missing(google: ServicesServer) -> None:
     found = ask(**ALL)
-    assert len(found) == 13
+    assert len(found) == 14
     assert grades(found, "warning", "bad", "unasked") == ["secrets"], found
     assert "none needed" in found["credentials"].text
     assert found["project"].text == "my-project, number 123456789012"
@@ -187,8 +143,6 @@ WARNINGS: dict[str, tuple[Callable[[ServicesServer], Any], dict[str, Any], str, 
     "a bucket that hides": (lambda g: g.denied.add("storage.buckets.get"), {}, "bucket", "may not be asked"),
     "an account without the bucket": (lambda g: setattr(g.buckets["my-bucket"], "members", {}), {},
                                       "service account", "is not allowed by the bucket or the project to write"),
-    "policies that hide": (lambda g: (setattr(g.buckets["my-bucket"], "members", None), setattr(g, "policy", None)),
-                           {}, "service account", "is not known to be allowed to write"),
     "no right to build": (lambda g: g.denied.add("cloudbuild.builds.create"), {}, "permissions",
                           "you can train, but not build images"),
     "an API that is off": (lambda g: g.off.add("compute"), {}, "network",
@@ -216,6 +170,14 @@ def test_what_may_be_right_is_a_warning(case: str, google: ServicesServer) -> No
     found = ask(**{**ALL, **settings})
     assert (grades(found, "warning"), grades(found, "bad")) == ([check], [])
     assert text in found[check].text
+
+
+def test_policies_that_hide_say_nothing_of_accounts(google: ServicesServer) -> None:
+    google.buckets["my-bucket"].members = google.policy = google.pushers = None
+    found = ask(**ALL)
+    assert (sorted(grades(found, "warning")), grades(found, "bad")) == (["build account", "service account"], [])
+    for name in ("service account", "build account"):
+        assert "is not known to be allowed to" in found[name].text
 
 
 def test_a_multi_region_is_remarked_and_good(google: ServicesServer) -> None:
@@ -295,7 +257,7 @@ def test_a_project_that_is_not_there_is_the_only_thing_asked_about(google: Servi
     found = ask(**ALL | {"project": "no-project"})
     assert grades(found, "bad") == ["project"]
     assert "no-project does not exist, or you may not see it" in found["project"].text
-    assert len(grades(found, "unasked")) == 11
+    assert len(grades(found, "unasked")) == 12
     assert google.requests == ["GET /v3/projects/no-project"]
 
 
@@ -360,7 +322,7 @@ def test_without_credentials_nobody_is_called(google: ServicesServer, monkeypatc
         monkeypatch.delenv(name)
     found = ask(**ALL)
     assert found["credentials"] == Finding("bad", "there are none here", ("gcloud auth application-default login",))
-    assert len(grades(found, "unasked")) == 12
+    assert len(grades(found, "unasked")) == 13
     assert not google.requests
 
 
@@ -507,6 +469,8 @@ def test_the_commands_mend_what_is_bad(google: ServicesServer) -> None:
     google.repositories.clear()
     google.accounts[TRAINER]["disabled"] = True
     google.buckets["my-bucket"].members = {}
+    assert google.policy is not None
+    google.policy.pop("roles/cloudbuild.builds.builder")
     for finding in ask(**ALL).values():
         for command in finding.commands:
             gcloud(command.replace("YOUR_ADDRESS", "ann@example.com"))

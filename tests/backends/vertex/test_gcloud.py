@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import yaml
 from google.cloud.aiplatform_v1 import types
 
-from sdtune.cli import app as cli
+from tests.conftest import Command
 from tests.servers.cloud import Cloud, loopback_cloud
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
@@ -111,20 +111,9 @@ def received(cloud: Cloud[Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def sdtune(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["sdtune", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0)
-
-    return run
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_guides_jobs_are_sent_as_gcloud_sends_them(
-    case: str, cloud: Cloud[Any], sdtune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, cloud: Cloud[Any], sdtune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, args, words = CASES[case]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -136,7 +125,7 @@ def test_the_guides_jobs_are_sent_as_gcloud_sends_them(
 
     # The datasets of this test are no pictures: what is compared is the job.
     monkeypatch.setattr("sdtune.backends.places.Places.dataset", lambda self, path: None)
-    assert sdtune(*words, "--image", IMAGE, "--detach") == 0
+    assert sdtune(*words, "--image", IMAGE, "--detach")[0] == 0
     ours = received(cloud)
 
     for name in OURS:
@@ -156,7 +145,7 @@ def test_the_guides_jobs_are_sent_as_gcloud_sends_them(
 
 
 def test_what_a_dry_run_prints_is_accepted_by_gcloud_and_arrives_unchanged(
-    cloud: Cloud[Any], sdtune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cloud: Cloud[Any], sdtune: Command, tmp_path: Path
 ) -> None:
     words = [
         "train", "dreambooth-lora", "--instance-prompt", 'a "photo", of $(HOME) sks: cat\n#1 🐈', "--dataset",
@@ -165,9 +154,10 @@ def test_what_a_dry_run_prints_is_accepted_by_gcloud_and_arrives_unchanged(
         "--boot-disk-gb", "200",
     ]  # fmt: skip
     before = len(cloud.vertex.requests) + len(cloud.storage.requests)
-    assert sdtune(*words, "--dry-run", "--json") == 0
+    code, out, err = sdtune(*words, "--dry-run", "--json")
+    assert code == 0, err
     assert len(cloud.vertex.requests) + len(cloud.storage.requests) == before
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = [json.loads(line) for line in out.splitlines()]
     rendered = next(line for line in told if line["event"] == "dry_run")
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(rendered["jobSpec"], allow_unicode=True))
     gcloud(
@@ -184,10 +174,9 @@ def test_what_a_dry_run_prints_is_accepted_by_gcloud_and_arrives_unchanged(
     assert received(cloud) == sent
 
 
-def test_the_guides_impossible_machine_is_refused_before_anything_is_sent(
-    cloud: Cloud[Any], sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_guides_impossible_machine_is_refused_before_anything_is_sent(cloud: Cloud[Any], sdtune: Command) -> None:
     words = CASES["vertex-config.yaml of Diffusers"][2][:8]
-    assert sdtune(*words, "--machine-type", "n1-standard-8", "--gpu", "NVIDIA_TESLA_A100", "--gpus", "2") == 2
-    assert "a2-highgpu-2g" in capsys.readouterr().err
+    code, _, err = sdtune(*words, "--machine-type", "n1-standard-8", "--gpu", "NVIDIA_TESLA_A100", "--gpus", "2")
+    assert code == 2
+    assert "a2-highgpu-2g" in err
     assert not cloud.vertex.requests

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sdtune import __version__
-from sdtune.cli import app as cli
+from tests.conftest import Command
 from tests.servers.build import BuildServer
 from tests.servers.notebooks import NotebooksServer
 from tests.servers.registry import Request
@@ -88,17 +88,6 @@ def gcloud(*words: str) -> str:
     return ran.stdout
 
 
-@pytest.fixture
-def sdtune(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["sdtune", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0)
-
-    return run
-
-
 def received(server: NotebooksServer) -> Request:
     """The last request that made an instance; nothing is left of what it made."""
     found = [request for request in server.requests if request.method == "POST" and request.path.endswith("/instances")]
@@ -108,11 +97,9 @@ def received(server: NotebooksServer) -> Request:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_instance_is_asked_for_as_gcloud_asks(
-    case: str, server: NotebooksServer, sdtune: Callable[..., int]
-) -> None:
+def test_an_instance_is_asked_for_as_gcloud_asks(case: str, server: NotebooksServer, sdtune: Command) -> None:
     words, theirs_words, zone = CASES[case]
-    assert sdtune("workbench", "create", "cat", *words, "--detach") == 0
+    assert sdtune("workbench", "create", "cat", *words, "--detach")[0] == 0
     ours = received(server)
     gcloud("workbench", "instances", "create", "cat", f"--location={zone}", "--async", *theirs_words)
     theirs = received(server)
@@ -131,18 +118,19 @@ def test_an_instance_is_asked_for_as_gcloud_asks(
 
 @pytest.mark.parametrize("case", ["with all that can be set", "without a GPU, in an image of one's own"])
 def test_the_command_that_a_dry_run_prints_asks_for_just_that(
-    case: str, server: NotebooksServer, sdtune: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    case: str, server: NotebooksServer, sdtune: Command
 ) -> None:
     words, _, _ = CASES[case]
-    assert sdtune("workbench", "create", "cat", *words, "--dry-run") == 0
+    code, out, err = sdtune("workbench", "create", "cat", *words, "--dry-run")
+    assert code == 0, err
     assert not server.requests
-    command = capsys.readouterr().out.splitlines()[1].removeprefix("# By hand: ")
+    command = out.splitlines()[1].removeprefix("# By hand: ")
     program, *arguments = shlex.split(command)
     assert program == "gcloud"
     gcloud(*arguments, "--async")
     theirs = received(server)
 
-    assert sdtune("workbench", "create", "cat", *words, "--detach") == 0
+    assert sdtune("workbench", "create", "cat", *words, "--detach")[0] == 0
     ours = received(server)
     assert theirs.body.pop("name") == "cat"
     for body in (ours.body, theirs.body):
@@ -151,7 +139,7 @@ def test_the_command_that_a_dry_run_prints_asks_for_just_that(
     assert ours.path == theirs.path
 
 
-def test_gcloud_waits_lists_stops_starts_and_deletes_there(server: NotebooksServer, sdtune: Callable[..., int]) -> None:
+def test_gcloud_waits_lists_stops_starts_and_deletes_there(server: NotebooksServer, sdtune: Command) -> None:
     """The server of these tests is one that gcloud takes for the API."""
     at = ("cat", "--location=us-central1-a")
     gcloud("workbench", "instances", "create", *at, *WITH_T4)
@@ -164,6 +152,6 @@ def test_gcloud_waits_lists_stops_starts_and_deletes_there(server: NotebooksServ
     gcloud("workbench", "instances", "start", *at)
     assert server.instances[name]["state"] == "ACTIVE"
     # What gcloud has made is not sdtune's.
-    assert sdtune("workbench", "delete", "cat", "--yes") == 4
+    assert sdtune("workbench", "delete", "cat", "--yes")[0] == 4
     gcloud("workbench", "instances", "delete", *at)
     assert not server.instances

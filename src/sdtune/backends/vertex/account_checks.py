@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from google.api_core import exceptions as api
@@ -26,6 +27,14 @@ def service_account(project: Project) -> Finding:
     email = project.placement.service_account
     if not email:
         return _own_of_vertex(project)
+    found = _in_bucket(project, email)
+    if wrong := unusable(project, email, "jobs"):
+        return replace(wrong, commands=(*wrong.commands, *found.commands))
+    return found
+
+
+def unusable(project: Project, email: str, actors: str) -> Finding | None:
+    """What keeps ``actors`` (jobs, builds) of the caller from acting as an account; None: nothing that can be seen."""
     # With "-" for the project Google answers 403 also for accounts that do not exist.
     resource = f"v1/projects/{_project_of(email) or '-'}/serviceAccounts/{email}"
     bad: list[tuple[str, str]] = []
@@ -34,35 +43,32 @@ def service_account(project: Project) -> Finding:
         if project.get("iam", resource).get("disabled"):
             bad.append((f"{email} is switched off", f"gcloud iam service-accounts enable {email}"))
     except api.NotFound:
-        return Finding("bad", f"{email} does not exist", _create(email))
+        return Finding("bad", f"{email} does not exist", create(email))
     except api.Forbidden as error:
         # To let a job act as an account, and to look at the account, are two rights.
         if is_of_the_credentials(error):
             raise
         seen = False
     if project.lacks("iam", resource, [ACT_AS]):
-        text = f"you may not let jobs act as {email}" + ("" if seen else ", or it does not exist")
+        text = f"you may not let {actors} act as {email}" + ("" if seen else ", or it does not exist")
         command = f"gcloud iam service-accounts add-iam-policy-binding {email} --member={project.member} --role={USER}"
         bad.append((text, command))
-    of_bucket = _in_bucket(project, email)
     if not bad:
-        return of_bucket
+        return None
     texts, commands = zip(*bad, strict=True)
-    return Finding(
-        "bad", "; ".join(texts), (*commands, *of_bucket.commands), note="The owner of the account allows it."
-    )
+    return Finding("bad", "; ".join(texts), commands, note="The owner of the account allows it.")
 
 
 def _in_bucket(project: Project, email: str) -> Finding:
     """Whether the account may write to the bucket, as far as policies tell."""
     address, member = bucket_of(project), f"serviceAccount:{email}"
-    if too_much := _needless(project, member):
+    if too_much := needless(project, member):
         own = f"sdtune-jobs@{project.id}.iam.gserviceaccount.com"
         bound = (allow(address, f"serviceAccount:{own}"),) if address else ()
         return Finding(
             "warning",
             f"{email}, which may do more in the project than a job needs: {', '.join(too_much)}",
-            (*_create(own), *bound),
+            (*create(own), *bound),
             note="What a job runs may do all that its account may. These make one for jobs alone: docs/security.md.",
         )
     if not address:
@@ -103,7 +109,7 @@ def member_of_jobs(project: Project) -> str:
     return f"serviceAccount:{project.placement.service_account or agent}"
 
 
-def _needless(project: Project, member: str) -> list[str]:
+def needless(project: Project, member: str) -> list[str]:
     """Those of the roles in the project that are broad and the account has, as far as its policy may be read."""
     policy = policy_of_project(project) or {}
     return [role for role in BROAD if holds(policy, member, (role,))]
@@ -126,7 +132,8 @@ def policy_of_project(project: Project) -> Mapping[str, Any] | None:
         return None
 
 
-def _create(email: str) -> tuple[str, ...]:
+def create(email: str) -> tuple[str, ...]:
+    """The command that makes an account; for those that Google makes, the one that lists them."""
     if project := _project_of(email):
         return (f"gcloud iam service-accounts create {email.partition('@')[0]} --project={project}",)
     return ("gcloud iam service-accounts list",)

@@ -23,11 +23,12 @@ PATIENCE = RETRY.with_timeout(15.0)
 class Project:
     """The project that is asked about, and who asks.
 
-    number: empty until the check of the project has found it; member: the caller as IAM policies write it, found by
-    the check of the credentials.
+    build_account: that builds act as; empty for Cloud Build's choice. number: empty until the check of the project has
+    found it; member: the caller as IAM policies write it, found by the check of the credentials.
     """
 
     placement: Placement
+    build_account: str = ""
     session: Session = field(default_factory=Session)
     number: str = ""
     member: str = "user:YOUR_ADDRESS"

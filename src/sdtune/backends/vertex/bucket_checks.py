@@ -70,20 +70,28 @@ def bucket_of(project: Project) -> str:
 
 
 def may_write(address: str, member: str) -> bool | None:
-    """Whether the bucket's own policy lets ``member`` write to it. None: the policy may not be read."""
+    """Whether the bucket's own policy lets ``member`` write to it. None: there is none that may be read."""
     try:
-        found = (
-            open_client().bucket(bucket_and_path(address)[0]).get_iam_policy(requested_policy_version=3, retry=PATIENCE)
-        )
+        policy = policy_of_bucket(address)
+    except api.NotFound:
+        return None
+    return None if policy is None else holds(policy, member, ROLES_OF_WRITERS)
+
+
+def policy_of_bucket(address: str) -> Mapping[str, Any] | None:
+    """The bucket's; None where it may not be read. NotFound: there is no such bucket."""
+    bucket = open_client().bucket(bucket_and_path(address)[0])
+    try:
+        return {"bindings": bucket.get_iam_policy(requested_policy_version=3, retry=PATIENCE).bindings}
+    except api.NotFound:
+        raise
     except api.GoogleAPICallError:
         return None
-    policy: Mapping[str, Any] = {"bindings": found.bindings}
-    return holds(policy, member, ROLES_OF_WRITERS)
 
 
-def allow(address: str, member: str) -> str:
-    """The command that lets ``member`` write to a bucket."""
-    return f"gcloud storage buckets add-iam-policy-binding {address} --member={member} --role={WRITER}"
+def allow(address: str, member: str, role: str = WRITER) -> str:
+    """The command that gives ``member`` a role in a bucket: to write to it, if no other is named."""
+    return f"gcloud storage buckets add-iam-policy-binding {address} --member={member} --role={role}"
 
 
 def _create(address: str, project: Project) -> str:

@@ -12,6 +12,7 @@ from requests import RequestException
 from sdtune.backends.vertex import (
     account_checks,
     bucket_checks,
+    build_checks,
     image_checks,
     network_checks,
     project_checks,
@@ -25,8 +26,11 @@ from sdtune.jobs.machines import choose_machine
 from sdtune.jobs.placement import Placement
 
 
-def vertex_checks(placement: Placement) -> list[Check]:
-    """The checks of ``placement``, in the order in which they are shown. RecipeError: there is no such machine."""
+def vertex_checks(placement: Placement, build_account: str = "") -> list[Check]:
+    """The checks of ``placement``, in the order in which they are shown. RecipeError: there is no such machine.
+
+    build_account: that builds act as; empty for Cloud Build's choice.
+    """
     machine = choose_machine(
         placement.gpu,
         placement.gpus,
@@ -34,7 +38,7 @@ def vertex_checks(placement: Placement) -> list[Check]:
         strategy=placement.effective_strategy,
         force=placement.force_machine,
     )
-    project = Project(placement)
+    project = Project(placement, build_account)
     first = ("credentials", "project")
     table: tuple[tuple[str, Callable[[Project], Finding], tuple[str, ...]], ...] = (
         ("credentials", project_checks.credentials, ()),
@@ -46,6 +50,7 @@ def vertex_checks(placement: Placement) -> list[Check]:
         ("registry", image_checks.registry, first),
         ("image", image_checks.image, (*first, "registry")),
         ("service account", account_checks.service_account, first),
+        ("build account", build_checks.build_account, first),
         ("secrets", secret_checks.secrets, first),
         ("network", network_checks.network, first),
         ("NFS shares", network_checks.shares, first),

@@ -23,7 +23,7 @@ LOGIN = "gcloud auth application-default login"
 KEY_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 ASKED = (
     "cloudresourcemanager", "cloudbilling", "serviceusage", "iam", "compute", "artifactregistry", "file", "storage",
-    "secretmanager",
+    "secretmanager", "cloudbuild",
 )  # fmt: skip
 """The services that checks ask."""
 
