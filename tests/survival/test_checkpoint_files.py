@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -16,7 +19,14 @@ from hypothesis import strategies as st
 from sdtune.errors import RecipeError
 from sdtune.methods import places
 from sdtune.methods.resuming import MANIFEST, Manifest
-from sdtune.training.components.checkpoint_files import Disk, damage, read_manifest, remove_others, steps_in
+from sdtune.training.components.checkpoint_files import (
+    Disk,
+    ShortLivedDisk,
+    damage,
+    read_manifest,
+    remove_others,
+    steps_in,
+)
 from sdtune.training.components.checkpoint_state import read_state, size_of, write_checkpoint
 
 STATE: dict[str, Any] = {
@@ -151,6 +161,26 @@ def test_the_newest_are_kept_and_nothing_else_is_touched(tmp_path: Path) -> None
     assert steps_in(tmp_path / "nothing") == []
 
 
+@pytest.mark.parametrize("mounted", [False, True])
+def test_half_of_one_that_is_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool) -> None:
+    monkeypatch.setattr(places, "MOUNT", str(tmp_path) if mounted else "/gcs")
+    for step in (1, 2):
+        write_checkpoint(tmp_path, manifest(step), STATE)
+
+    def half(folder: Path, ignore_errors: bool = False) -> None:
+        for file in sorted(folder.glob("*.safetensors"))[:1]:
+            file.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    remove_others(tmp_path, [2])
+    # Where nothing can be renamed at once, it has lost its manifest before all else.
+    assert steps_in(tmp_path) == ([2, 1] if mounted else [2])
+    assert read_manifest(tmp_path / "step-000001") is None
+    monkeypatch.undo()
+    remove_others(tmp_path, [2])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
 # --- writes that fail -------------------------------------------------------------------------------------------------
 
 
@@ -158,11 +188,12 @@ class FaultyDisk(Disk):
     """Fails at one call, as a full disk does: of a file that is being written, half is there."""
 
     def __init__(self, at: int) -> None:
-        self.calls, self._at = 0, at
+        self.calls, self._at, self._lock = 0, at, Lock()
 
     def _fails(self) -> bool:
-        self.calls += 1
-        return self.calls == self._at
+        with self._lock:
+            self.calls += 1
+            return self.calls == self._at
 
     def make(self, folder: Path) -> None:
         if self._fails():
@@ -232,3 +263,32 @@ def test_a_checkpoint_is_written_anew_in_the_place_of_one_that_is_there(tmp_path
     folder = write_checkpoint(tmp_path, manifest(), {**STATE, "step": 6})
     assert read_state(folder)["step"] == 6
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_and_if_it_cannot_be_that_one_is_left(tmp_path: Path) -> None:
+    before = write_checkpoint(tmp_path, manifest(), STATE)
+    counted = FaultyDisk(0)
+    write_checkpoint(tmp_path, manifest(), STATE, counted)
+    for at in range(1, counted.calls + 1):
+        with pytest.raises(OSError, match=r"Read-only|No space|Input/output"):
+            write_checkpoint(tmp_path, manifest(), {**STATE, "step": 6}, FaultyDisk(at))
+        kept = read_manifest(before)
+        assert kept
+        assert damage(before, kept) is None
+        assert read_state(before)["step"] == 5
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_the_disk_is_waited_for_unless_nobody_will_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def place(file: int) -> Path:
+        return Path(f"/proc/self/fd/{file}").readlink()
+
+    waited, fsync = list[Path](), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (waited.append(place(file)), fsync(file)))
+    folder = write_checkpoint(tmp_path, manifest(), STATE)
+    names = [path.name for path in waited]
+    assert sorted(names[:5]) == sorted(path.name for path in folder.iterdir())
+    assert names[4:] == [MANIFEST, f".step-000005.partial-{os.getpid()}", tmp_path.name]
+    waited.clear()
+    write_checkpoint(tmp_path, manifest(6), STATE, ShortLivedDisk())
+    assert waited == []

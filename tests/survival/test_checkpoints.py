@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from sdtune import events
 from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.methods.resuming import Asked, name_of
-from sdtune.training import interrupts
+from sdtune.training import checkpoints, interrupts
 from sdtune.training.agreement import Agreed, Agreement
 from sdtune.training.checkpoints import Checkpoints
 from sdtune.training.components import checkpoint_store, store
@@ -65,13 +66,25 @@ def begun(folder: Path, disk: Disk = DISK, goes_on: Any = None, **more: Any) -> 
 def trained(checkpoints: Checkpoints, training: Counting | None = None) -> Counting:
     """To the end."""
     training = training or Counting()
-    checkpoints.told = lambda: {"samples": {}, "measures": [], "seconds": 1.0}
-    checkpoints.begin()
-    checkpoints.restore(training)
-    while training.step < STEPS:
-        training.train()
-        checkpoints.after(training)
+    checkpoints.told = told_nothing
+    with checkpoints:
+        checkpoints.begin()
+        checkpoints.restore(training)
+        while training.step < STEPS:
+            training.train()
+            checkpoints.after(training)
     return training
+
+
+def told_nothing() -> dict[str, Any]:
+    return {"samples": {}, "measures": [], "seconds": 1.0}
+
+
+@pytest.fixture(params=["in the background", "at once"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How checkpoints are written: while training goes on, or where memory has no room for a copy."""
+    monkeypatch.setattr(checkpoints, "has_room", lambda *_: request.param == "in the background")
+    return str(request.param)
 
 
 def newest_good(folder: Path) -> int:
@@ -88,32 +101,44 @@ def newest_good(folder: Path) -> int:
 # --- a disk that fails ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("way")
 def test_a_disk_that_fails_at_any_call_loses_nothing(tmp_path: Path) -> None:
     counted = FaultyDisk(0)
     trained(begun(tmp_path / "counted", counted))
-    told: list[str] = []
+    ended, warned = set[str](), list[str]()
     for at in range(1, counted.calls + 1):
         folder, disk = tmp_path / str(at), FaultyDisk(at)
-        checkpoints = begun(folder, disk)
-        checkpoints.tell = lambda event: told.append(getattr(event, "text", ""))
-        training, reached = Counting(), 0
+        told: list[events.Event] = []
+        run = begun(folder, disk)
+        run.tell = told.append
         try:
-            trained(checkpoints, training)
-            reached = training.step
+            trained(run)
         except TrainingError as error:
-            told.append(str(error))
-            # The step whose checkpoint could not be written.
-            reached = training.step - 1
+            told.append(events.Failed(error.kind, str(error)))
+        said = [event.text for event in told if isinstance(event, events.Note | events.Failed)]
+        failed = [int(step) for text in said for step in re.findall(r"that of step (\d+) cannot be written", text)]
+        # All before the step whose checkpoint could not be written; what was told is there.
+        reached = failed[0] - 1 if failed else STEPS
         assert newest_good(folder) == reached, at
+        assert max((event.step for event in told if isinstance(event, events.Checkpoint)), default=0) == reached
         assert not list(folder.glob(".*"))
+        ended |= {text for text in said if "cannot be written" in text}
+        warned += [text for text in said if "Older checkpoints in" in text]
         # And another process goes on from there, on a disk that works.
         goes_on = read_manifest(folder / name_of(reached)) if reached else None
         assert trained(begun(folder, goes_on=goes_on)).weights.unique().tolist() == [STEPS]
+        all_threads_have_ended()
     # Old ones made room for a new one; where there were none to remove, the run ended with a clear error.
-    failed = [text for text in told if "cannot be written" in text]
-    assert failed
-    assert all("the same command goes on" in text for text in failed)
-    assert any("Older checkpoints in" in text for text in told)
+    assert any("Make room there, or choose another --output; the same command goes on" in text for text in ended)
+    assert warned
+
+
+def all_threads_have_ended() -> None:
+    """Those that write checkpoints; a thread needs a moment after its last word."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 class FullDisk(Disk):

@@ -22,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in an output, one folder in it for each."""
 MANIFEST = "manifest.json"
 """Written last: what has none is no checkpoint."""
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{6,})")
 
 HARMLESS = {
@@ -31,6 +31,8 @@ HARMLESS = {
     *("sample_prompt", "num_samples", "sample_every", "held_out_every", "save_precision", "save_bin"),
 }
 """Settings that may be other ones when a run goes on: no weight is another for them."""
+COMPUTING = {"torch_compile"}
+"""What of a result these change are last digits, as another GPU does: told by the trainer, never refused."""
 DRAWING = {"sample_steps", "guidance_scale"}
 """Harmless as well, unless class pictures are drawn with them."""
 LEFT_TO_THE_RUN: dict[str, Any] = {"resolution": None, "mixed_precision": "auto", "sample_prompt": []}
@@ -193,7 +195,7 @@ def differences(method: CommonFields, name: str, recipe: Mapping[str, Any], step
     now = method.recipe()
     allowed = {*HARMLESS, *(() if now.get("with_prior_preservation") else DRAWING)} if step is not None else set()
     # A finished run has drawn its samples, and they are part of its result; how it wrote checkpoints is not.
-    allowed |= set(CheckpointFields.model_fields)
+    allowed |= set(CheckpointFields.model_fields) | COMPUTING
     found = []
     for setting, value in now.items():
         then = recipe.get(setting, type(method).model_fields[setting].get_default(call_default_factory=True))

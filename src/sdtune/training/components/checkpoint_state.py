@@ -1,7 +1,7 @@
-"""The state of a training as files: tensors as safetensors, one file for each part, and all else as JSON. No pickle.
+"""The state of a training as files: tensors as safetensors, at least one file for each part, and all else as JSON.
 
 A state is what ``state_dict`` gives: tensors, numbers, texts, truth values and None, in dictionaries, lists and tuples
-of any depth. What is read is equal to it bit for bit, and of the same types.
+of any depth. What is read is equal to it bit for bit, and of the same types. No pickle.
 """
 
 from __future__ import annotations
@@ -10,124 +10,107 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from sdtune.methods import places
 from sdtune.methods.resuming import MANIFEST, Manifest, name_of
-from sdtune.training.components.checkpoint_files import DISK, Disk
+from sdtune.training.components.checkpoint_files import AT_ONCE, DISK, Disk, StoppedError, in_threads
+from sdtune.training.components.checkpoint_shards import (
+    DTYPES,
+    Piece,
+    content_of,
+    cut,
+    index_of,
+    read_tensors,
+    wait_for_gpu,
+)
+from sdtune.training.components.nested import apart, together
 
 STRUCTURE = "state.json"
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-"""As safetensors names them."""
+"""Its ``state`` is the state with the names of tensors in their places, its ``tensors`` says where these are."""
 
 
-def write_checkpoint(parent: Path, manifest: Manifest, state: Mapping[str, Any], disk: Disk = DISK) -> Path:
+def write_checkpoint(
+    parent: Path,
+    manifest: Manifest,
+    state: Mapping[str, Any],
+    disk: Disk = DISK,
+    threads: int = AT_ONCE,
+    stopped: Callable[[], bool] = bool,
+) -> Path:
     """Write a checkpoint into ``parent``, whole or not at all; its folder.
 
-    state: by the name of each part, of letters, figures and ``_``. OSError: it could not be written; those that lie
-    there are as they were.
+    state: by the name of each part, of letters, figures and ``_``. threads: files at once. OSError: it could not be
+    written; those that lie there are as they were. StoppedError: ``stopped``, which is asked often, has said so; as
+    after an error, nothing of it is left.
     """
+    structure, shards = _taken_apart(state)
+    wait_for_gpu(piece for pieces in shards.values() for piece in pieces)
     target = parent / name_of(manifest.step)
     # A mounted bucket (FUSE) neither renames at once nor takes what is written in pieces.
     mounted = parent.is_relative_to(places.MOUNT)
     staging = (Path(tempfile.gettempdir()) if mounted else parent) / f".{target.name}.partial-{os.getpid()}"
+    failed = Event()
+
+    def write(name: str) -> tuple[int, str]:
+        return disk.write(staging / name, content_of(shards[name], lambda: failed.is_set() or stopped()))
+
     try:
         disk.make(staging)
-        structure, files = {}, {}
-        for part, content in state.items():
-            tensors: dict[str, torch.Tensor] = {}
-            structure[part] = _apart(content, part, tensors)
-            if tensors:
-                name = f"{part}.safetensors"
-                files[name] = disk.write(staging / name, _as_file(tensors))
+        # The largest first, so that none is left alone at the end.
+        names = sorted(shards, key=lambda name: -sum(piece.size for piece in shards[name]))
+        files = dict(zip(names, in_threads(write, names, threads, failed.set), strict=True))
         files[STRUCTURE] = disk.write(staging / STRUCTURE, [json.dumps(structure).encode()])
         disk.write(staging / MANIFEST, [replace(manifest, files=files).to_bytes()])
-        _publish(staging, target, [*files, MANIFEST], disk, mounted)
+        if stopped():
+            raise StoppedError
+        if mounted:
+            in_threads(lambda name: disk.copy(staging / name, target / name), list(files), threads)
+            disk.copy(staging / MANIFEST, target / MANIFEST)
+        else:
+            _publish(staging, target, disk)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def _publish(staging: Path, target: Path, files: list[str], disk: Disk, mounted: bool) -> None:
-    if mounted:
-        for name in files:
-            disk.copy(staging / name, target / name)
-        return
+def _publish(staging: Path, target: Path, disk: Disk) -> None:
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
         disk.rename(target, old)
-    disk.rename(staging, target)
+    try:
+        disk.rename(staging, target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, threads: int = AT_ONCE) -> dict[str, Any]:
     """The state in a checkpoint whose files have been checked; tensors on the CPU."""
-    structure = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))
-    return {part: _together(content, folder / f"{part}.safetensors") for part, content in structure.items()}
+    said = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))
+    tensors = read_tensors(folder, said["tensors"], threads)
+    return {part: together(content, tensors.__getitem__) for part, content in said["state"].items()}
 
 
-def _apart(content: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """``content`` as JSON; its tensors are put into ``tensors``."""
-    match content:
-        case torch.Tensor():
-            tensors[name] = content
-            return {"tensor": name}
-        case dict():
-            return {"dict": [[key, _apart(one, f"{name}.{key}", tensors)] for key, one in content.items()]}
-        case list() | tuple():
-            inside = [_apart(one, f"{name}.{number}", tensors) for number, one in enumerate(content)]
-            return {"list" if isinstance(content, list) else "tuple": inside}
-        case None | bool() | int() | float() | str():
-            return content
-        case _:
-            raise TypeError(f"{name}: a {type(content).__name__} cannot be kept in a checkpoint")
-
-
-def _together(content: Any, file: Path) -> Any:
-    """The reverse of ``_apart``."""
-    if not file.exists():
-        return _joined(content, None)
-    with safe_open(file, framework="pt") as tensors:
-        return _joined(content, tensors)
-
-
-def _joined(content: Any, tensors: Any) -> Any:
-    match content:
-        case {"tensor": name}:
-            return tensors.get_tensor(name)
-        case {"dict": items}:
-            return {key: _joined(one, tensors) for key, one in items}
-        case {"list": inside}:
-            return [_joined(one, tensors) for one in inside]
-        case {"tuple": inside}:
-            return tuple(_joined(one, tensors) for one in inside)
-        case _:
-            return content
-
-
-def _as_file(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, tensor by tensor: its own writer would hold all of them in memory twice over."""
-    entries, end = {}, 0
-    # Wide numbers first: a reader that maps the file needs them at multiples of their size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    for name, tensor in ordered.items():
-        size = tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + size]}
-        end += size
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
-    for tensor in ordered.values():
-        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+def _taken_apart(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
+    """What STRUCTURE says, and the files of tensors by their names."""
+    parts, files = {}, {}
+    for part, content in state.items():
+        tensors: dict[str, torch.Tensor] = {}
+        parts[part] = apart(content, part, tensors)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"{name}: {tensor.dtype} cannot be kept in a checkpoint")
+        files.update(cut(part, tensors) if tensors else {})
+    return {"state": parts, "tensors": index_of(files)}, files
 
 
 def size_of(state: Any) -> int:

@@ -13,10 +13,12 @@ from typing import Self
 from sdtune.errors import ProjectError, SdtuneError
 from sdtune.methods.resuming import MANIFEST, Manifest, name_of, step_of
 from sdtune.training.components.checkpoint_files import read_manifest, steps_in
-from sdtune.training.components.copying import LARGE, StopError, copy_missing
+from sdtune.training.components.copying import SMALL, StopError, copy_missing
 from sdtune.training.components.fetch import check_names
 from sdtune.training.components.store import Asked, Folder
 
+AT_ONCE = SMALL
+"""Files, also large ones: Google's client keeps ten connections, and each of them is slower than the network."""
 SECONDS_TO_RETRY = 300.0
 """The next checkpoint is under way by then."""
 SECONDS_AFTER_SIGNAL = 15.0
@@ -48,7 +50,8 @@ class CheckpointStore:
         originals = [self._bucket.original(name, blob) for name, blob in blobs.items()]
         what = f"the checkpoint of step {step}"
         wanted = [original for original in originals if original.name.removeprefix(inside) in manifest.files]
-        copy_missing("checkpoint", what, self.address, wanted, folder.parent)
+        # The disk is not waited for: their hashes are looked at next, and they are still in the bucket.
+        copy_missing("checkpoint", what, self.address, wanted, folder.parent, AT_ONCE)
         if wanted:
             (folder / MANIFEST).write_bytes(manifest.to_bytes())
 
@@ -61,8 +64,9 @@ class CheckpointStore:
 
         manifest = read_manifest(folder)
         assert manifest
-        with ThreadPoolExecutor(LARGE) as pool:
-            list(pool.map(put, manifest.files))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            # The largest first, so that none is left alone at the end.
+            list(pool.map(put, sorted(manifest.files, key=lambda name: -manifest.files[name][0])))
         put(MANIFEST)
 
     def remove_others(self, keep: Iterable[int]) -> None:
