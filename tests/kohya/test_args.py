@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdtune.methods.fields import PublishFields
+from sdtune.methods.fields import CheckpointFields, PublishFields
 from sdtune.methods.kohya import KohyaDreamBoothLora, KohyaFields, KohyaNativeLora
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.kohya.args import Places, kohya_args
@@ -70,7 +70,7 @@ def test_the_parser_accepts_the_defaults(method: KohyaFields, family: Family) ->
 # What acts on the run but not through an option: on the base model's place, the prompts, the process, the launcher.
 ELSEWHERE = {"base_model", "revision", "v_parameterization", "sample_prompt", "num_samples", "sample_steps"}
 ELSEWHERE |= {"guidance_scale", "mixed_precision", "class_data_dir", "held_out_images", "held_out_every"}
-ELSEWHERE |= set(PublishFields.model_fields)
+ELSEWHERE |= {*PublishFields.model_fields, *CheckpointFields.model_fields}
 
 
 @pytest.mark.parametrize("field", [name for name in KohyaDreamBoothLora.model_fields if name not in ELSEWHERE])

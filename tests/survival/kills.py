@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdtune import events
+from tests.survival import kohya_runs
 from tests.survival.forks import Forks, Trained
 from tests.survival.runs import KINDS, all_is_whole, result_of, words_of
 
@@ -64,6 +65,7 @@ def kill_runs(
     """Kill so many times: each run ``each`` times, then it may finish. after_each: called after each run."""
     chance = random.Random(seed)
     report, started = Report(), time.monotonic()
+    kohya_runs.lay_out(folder / "datasets")
     undisturbed: dict[str, dict[str, str]] = {}
     lengths: dict[str, float] = {}
     for kind in kinds:
@@ -72,7 +74,7 @@ def kill_runs(
         kind = kinds[report.runs % len(kinds)]
         output = folder / f"{report.runs}" / "out"
         plan = chance.choice(PLANS)
-        words = words_of(kind, output, **plan)
+        words = _words(folder, kind, output, **plan)
         wanted, length = undisturbed[kind], lengths[kind]
         for _ in range(min(each, kills - sum(report.kills.values()))):
             number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT])
@@ -103,13 +105,19 @@ def kill_runs(
     return report
 
 
+def _words(folder: Path, kind: str, output: Path, **plan: int) -> list[str]:
+    if kind in kohya_runs.KINDS:
+        return kohya_runs.words_of(kind, folder / "datasets", output, **plan)
+    return words_of(kind, output, **plan)
+
+
 def _undisturbed(forks: Forks, folder: Path, kind: str) -> tuple[dict[str, str], float]:
     """The result, and how many seconds it took. Both runs must agree, or nothing here would prove anything."""
     found, seconds = [], 0.0
     for name in ("first", "second"):
         started = time.monotonic()
         output = folder / kind / name / "out"
-        training = forks.start(words_of(kind, output), folder / "log")
+        training = forks.start(_words(folder, kind, output), folder / "log")
         assert forks.code() == 0, training.log.read_text()
         seconds = time.monotonic() - started
         found.append(result_of(output))
@@ -152,7 +160,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill training runs at random moments.")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kinds", nargs="+", default=["lora", "whole-ema", "lora-prior-text-encoder"], choices=KINDS)
+    parser.add_argument(
+        "--kinds", nargs="+", default=["lora", "whole-ema", "lora-prior-text-encoder"],
+        choices=[*KINDS, *kohya_runs.KINDS], help="those of kohya want a copy of sd-scripts (docs/kohya.md)",
+    )  # fmt: skip
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sdtune-kills-") as folder, Forks() as forks:
         report = kill_runs(forks, Path(folder), asked.kills, asked.seed, tuple(asked.kinds), after_each=_show)

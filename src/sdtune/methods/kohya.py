@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from sdtune.methods.base import AVERAGE_LOSS, HELD_OUT_LOSS, Tunable
-from sdtune.methods.fields import CommonFields
+from sdtune.methods.fields import CheckpointFields, CommonFields
 from sdtune.methods.ledger import Layout
 
 
-class KohyaFields(CommonFields):
+class KohyaFields(CheckpointFields, CommonFields):
     """What sd-scripts' train_network.py is told, whatever the layout of the dataset."""
 
     metrics = (HELD_OUT_LOSS, AVERAGE_LOSS)

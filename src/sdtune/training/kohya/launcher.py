@@ -1,32 +1,36 @@
 """``python -m sdtune.training.kohya.launcher sd|sdxl SETUP OPTIONS``: sd-scripts' LoRA trainer, telling how it goes.
 
-Runs in the folder and in the Python of sd-scripts, so it imports nothing of sdtune but events and errors, which need
-no library, and measure.py. Nothing of sd-scripts is patched: its NetworkTrainer is subclassed at the methods it has for
-that, and constants of the UNet it builds are set to the base model's before it does.
+Runs in the folder and in the Python of sd-scripts, so it imports nothing of sdtune but what needs torch and safetensors
+alone. Nothing of sd-scripts is patched: its NetworkTrainer is subclassed at the methods it has for that, what it trains
+with is watched where accelerate prepares it, and constants of the UNet it builds are set to the base model's before it
+does.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sdtune.errors import INTERRUPTED, SdtuneError, TrainingError
-from sdtune.events import Failed, Phase, Step, emit
+from sdtune.events import Failed, Phase, emit
+from sdtune.training import interrupts
 from sdtune.training.kohya.measure import HeldOutLoss, Scene, is_first, tell
+from sdtune.training.kohya.moving import Moving
+from sdtune.training.kohya.orders import BEGIN, SAVE, SAVED, STEP, Orders
+from sdtune.training.kohya.reporter import Reporter
+from sdtune.training.kohya.state import drawing_apart, read_state, write_state
 
 SCRIPTS = {"sd": ("train_network", "NetworkTrainer"), "sdxl": ("sdxl_train_network", "SdxlNetworkTrainer")}
-AVERAGE_MARK = '{"avr_loss": '
-"""How a line begins that tells sd-scripts' own moving average, for which there is no event."""
-SECONDS_BETWEEN_REPORTS = 1.0
-STEPS_TO_JUDGE_SPEED = 3
 SAMPLED_VAE_SCALE = 0.18215
 """What the pipeline that draws Stable Diffusion's samples divides latents by, whatever the VAE says."""
 BUCKET_STEPS = 64
@@ -38,7 +42,9 @@ class Setup:
     """What sd-scripts has no option for; SETUP is a JSON file of it.
 
     unet_constants, vae_scale_factor, bucket_steps: the base model's ``Shape``. held_out, captions: the file and the
-    captions of ``write_held_out``; held_out_every: 0 measures before and after training.
+    captions of ``write_held_out``; held_out_every: 0 measures before and after training. state: the file by which a
+    training's state comes and goes. goes_on: at the step that it holds when training begins; owes: what follows on that
+    step was not done. draws_first: samples before the first step, if any at all.
     """
 
     unet_constants: Mapping[str, Any]
@@ -47,11 +53,19 @@ class Setup:
     held_out: str
     captions: Sequence[str]
     held_out_every: int
+    state: str
+    goes_on: bool
+    owes: bool
+    draws_first: bool
 
 
 def main(argv: Sequence[str]) -> int:
     """Train; the exit code. Errors of ours are told as events, all others end with a traceback."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    # The order to stop comes as SIGINT from this very process; SIGTERM ends it at once, for all that could be lost is
+    # in a checkpoint by then.
+    interrupts.listen()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    orders = Orders() if is_first() else None
     module_name, class_name = SCRIPTS[argv[0]]
     script = importlib.import_module(module_name)
     train_util = importlib.import_module("library.train_util")
@@ -61,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     train_util.verify_command_line_training_args(args)
     try:
         set_constants(importlib.import_module("library.original_unet"), setup.unet_constants)
-        reporting(getattr(script, class_name), setup)().train(args)
+        reporting(getattr(script, class_name), setup, orders)().train(args)
     except SdtuneError as error:
         emit(Failed(kind=error.kind, text=str(error)))
         return error.exit_code
@@ -81,8 +95,11 @@ def set_constants(module: Any, constants: Mapping[str, Any]) -> None:
         setattr(module, name, value)
 
 
-def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
-    """``trainer``, a NetworkTrainer of sd-scripts, that says what it does."""
+def reporting(trainer: type[Any], setup: Setup, orders: Orders | None) -> type[Any]:
+    """``trainer``, a NetworkTrainer of sd-scripts, that says what it does, and is told what to do after each step.
+
+    orders: None if another process asks for them.
+    """
 
     class Reporting(trainer):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -97,7 +114,7 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
 
         def load_target_model(self, args: Any, weight_dtype: Any, accelerator: Any) -> Any:
             tell(Phase("load", "Loading the base model"))
-            self.weight_dtype = weight_dtype
+            self.weight_dtype, self.moving = weight_dtype, Moving(accelerator, args.seed)
             loaded = super().load_target_model(args, weight_dtype, accelerator)
             if args.cache_latents:
                 tell(Phase("cache", "Encoding the pictures"))
@@ -109,16 +126,25 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
             super().post_process_network(args, accelerator, network, text_encoders, unet)
             pictures = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
             self.network, self.reporter = network, Reporter(args.max_train_steps, pictures)
+            self.held = ExitStack()
 
         def sample_images(self, accelerator: Any, args: Any, epoch: int | None, global_step: int, *models: Any) -> None:
             # Called before the first step with epoch 0, after each step without an epoch, and at the end of each epoch.
             self.due = not epoch and self._sampling_is_due(args, global_step)
             self.scene = Scene(accelerator, args, *models)
             if global_step == 0:
+                self.due &= setup.draws_first
                 self._draw_if_due(global_step)
                 self.held_out = HeldOutLoss(setup.held_out, setup.captions, self, self.scene)
-                self.held_out.measure(step=0)
+                if not setup.goes_on:
+                    self.held_out.measure(step=0)
+                accelerator.wait_for_everyone()
                 tell(Phase("train", f"Training {args.max_train_steps} steps"))
+                self._ask(BEGIN)
+                if setup.goes_on:
+                    self.moving.go_on(read_state(Path(setup.state)))
+                # From here on a signal waits for the end of a step.
+                self.held.enter_context(interrupts.held())
                 self.reporter.start()
 
         def _draw_if_due(self, global_step: int) -> None:
@@ -132,7 +158,8 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
             started, training, every = time.perf_counter(), self.network.training, args.sample_every_n_steps
             args.sample_every_n_steps = global_step or every
             self.network.eval()
-            self._draw(global_step, *self.scene)
+            with drawing_apart():
+                self._draw(global_step, *self.scene)
             self.network.train(training)
             args.sample_every_n_steps = every
             self.reporter.pause(time.perf_counter() - started)
@@ -175,10 +202,57 @@ def reporting(trainer: type[Any], setup: Setup) -> type[Any]:
             rates = [value for name, value in logs.items() if name.startswith("lr/d*lr")] or lr_scheduler.get_last_lr()
             return {"loss/current": current_loss, "loss/average": avr_loss, "lr": float(rates[-1])}
 
+        def process_batch(self, *args: Any, **named: Any) -> Any:
+            return self.moving.noted_loss() if self.moving.passes_by else super().process_batch(*args, **named)
+
         def step_logging(self, accelerator: Any, logs: dict[str, Any], global_step: int, epoch: int) -> None:
-            if self.reporter.add(global_step, logs["loss/current"], logs["loss/average"], logs["lr"]):
-                self._draw_if_due(global_step)
-                self._measure_if_due(global_step)
+            trained = not self.moving.passes_by
+            self.moving.add(logs["loss/current"], epoch)
+            ended = self.reporter.add(global_step, logs["loss/current"], logs["loss/average"], logs["lr"])
+            if self.moving.arrives:
+                self.moving.arrive()
+                self.reporter.start()
+                if global_step == self.reporter.steps:
+                    # No step is made that would tell them.
+                    self.reporter.tell_averages()
+                if setup.owes:
+                    self._follow_up(global_step)
+            elif trained and ended:
+                self.reporter.tell_if_due()
+                self._follow_up(global_step)
+
+        def _follow_up(self, global_step: int) -> None:
+            """What follows on a step, and then what is to be done about checkpoints and signals."""
+            whole, draws = True, self.due
+            try:
+                with interrupts.let_through():
+                    self._draw_if_due(global_step)
+                    self._measure_if_due(global_step)
+            except KeyboardInterrupt:
+                whole = False
+            if draws:
+                # Each process draws some, and all are looked at next.
+                self.scene.accelerator.wait_for_everyone()
+            started = time.perf_counter()
+            if self._ask(STEP, step=global_step, whole=whole) == SAVE:
+                self.reporter.tell()
+                state = self.moving.state_dict(global_step)
+                if is_first():
+                    write_state(Path(setup.state), state)
+                self._ask(SAVED)
+                self.reporter.pause(time.perf_counter() - started)
+            if global_step == self.reporter.steps:
+                self.held.close()
+
+        def _ask(self, asks: str, **about: Any) -> str:
+            """What the process that started this one wants, the same for all that train together."""
+            order = orders.ask(asks, **about) if orders else ""
+            accelerator = self.scene.accelerator
+            if accelerator.num_processes == 1:
+                return order
+            saves = torch.tensor(order == SAVE, dtype=torch.int64, device=accelerator.device)
+            torch.distributed.broadcast(saves, 0)
+            return SAVE if saves.item() else ""
 
         def accelerator_logging(self, *args: Any, **named: Any) -> None:
             """Not to sd-scripts' own trackers: step_logging tells the run."""
@@ -194,66 +268,6 @@ def with_vae_scale(pipeline: type[Any], vae_scale_factor: float) -> type[Any]:
             return super().decode_latents(latents * (SAMPLED_VAE_SCALE / vae_scale_factor))
 
     return Scaled
-
-
-class Reporter:
-    """From the losses of micro-batches to a step event each second."""
-
-    def __init__(self, steps: int, pictures_per_step: int) -> None:
-        self.steps, self.pictures_per_step = steps, pictures_per_step
-        self.losses: list[float] = []
-        self._batches: list[float] = []
-        self._reported = 0
-        self.start()
-
-    def start(self) -> None:
-        """Time runs from now."""
-        self.started = self.last_report = time.perf_counter()
-
-    def pause(self, seconds: float) -> None:
-        """Time that did not go into training."""
-        self.started += seconds
-        self.last_report += seconds
-
-    def add(self, step: int, loss: float, average: float, learning_rate: float) -> bool:
-        """A batch was computed; whether it ended a step. ``step``: optimizer steps made so far."""
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss was {loss} at step {len(self.losses) + 1}: the run has diverged and nothing was saved. "
-                "Lower --learning-rate, or use --mixed-precision bf16 (or no) if it was fp16."
-            )
-        self._batches.append(loss)
-        if step == len(self.losses):  # gradients are still being added up
-            return False
-        self.losses.append(sum(self._batches) / len(self._batches))
-        self._batches.clear()
-        now = time.perf_counter()
-        if step in (STEPS_TO_JUDGE_SPEED, self.steps) or now - self.last_report >= SECONDS_BETWEEN_REPORTS:
-            self._report(step, average, learning_rate, now)
-        return True
-
-    def _report(self, step: int, average: float, learning_rate: float, now: float) -> None:
-        last = self.losses[self._reported :]
-        tell(
-            Step(
-                step=step,
-                steps=self.steps,
-                loss=round(sum(last) / len(last), 6),
-                learning_rate=learning_rate,
-                images_per_second=round(len(last) * self.pictures_per_step / max(now - self.last_report, 1e-9), 3),
-                seconds_left=round((self.steps - step) * (now - self.started) / step, 1),
-            )
-        )
-        last_tenth = self.losses[-max(1, self.steps // 10) :]
-        told = {"avr_loss": round(average, 6), "step": step, "last_tenth": round(sum(last_tenth) / len(last_tenth), 6)}
-        if is_first():
-            sys.stdout.write(json.dumps(told) + "\n")
-            sys.stdout.flush()
-        self._reported, self.last_report = step, now
-
-
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

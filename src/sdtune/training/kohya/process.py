@@ -9,16 +9,22 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import Any
 
 import torch
 
 import sdtune
 from sdtune import events
 from sdtune.errors import ERRORS, INTERRUPTED, ProjectError, TrainingError
-from sdtune.training.kohya.launcher import AVERAGE_MARK, Setup
+from sdtune.training import interrupts
+from sdtune.training.kohya import orders
+from sdtune.training.kohya.launcher import Setup
+from sdtune.training.kohya.reporter import AVERAGE_MARK
 from sdtune.training.secrets import SECRETS
 
 FOLDER = "SDTUNE_SD_SCRIPTS"
@@ -27,6 +33,8 @@ LAUNCHER = "sdtune.training.kohya.launcher"
 LAST_LINES = 30
 _BAR = re.compile(r"\d+%\|")
 SECONDS_TO_STOP = 10.0
+SECONDS_BETWEEN_LOOKS = 0.2
+"""For a signal, while nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +75,102 @@ def find_sd_scripts(environment: Mapping[str, str] = os.environ) -> SdScripts:
     return SdScripts(found, python)
 
 
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears what sd-scripts says. begins: training begins, and waits. stepped: so does it after a step, after which
+    samples were drawn and the loss was measured, or that was interrupted."""
+
+    event: Callable[[events.Event], None]
+    averages: Callable[[Averages], None]
+    begins: Callable[[Talk], None]
+    stepped: Callable[[Talk, int, bool], None]
+
+
+class _GoneError(Exception):
+    """It has ended while it was to answer; why, is told where its end is looked at."""
+
+
+class Talk:
+    """What a process of sd-scripts says, line by line, and the orders that it is given."""
+
+    def __init__(self, process: subprocess.Popen[str], listeners: Listeners) -> None:
+        self._process, self._listeners = process, listeners
+        self.failed: events.Failed | None = None
+        self.averages: Averages | None = None
+        self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        self._stopping = False
+        # Not into the same pipe: a progress bar does not end its line, and would swallow the event that follows.
+        self._threads = [Thread(target=self._read, daemon=True), Thread(target=self._complain, daemon=True)]
+        for thread in self._threads:
+            thread.start()
+
+    def hear_all(self) -> None:
+        """Until it ends."""
+        while (line := self._next()) is not None:
+            self._hear(line)
+        for thread in self._threads:
+            thread.join()
+
+    def save(self) -> None:
+        """Have the state of the training written, after the step that it waits after."""
+        self._say(orders.SAVE)
+        while (line := self._next()) is not None:
+            if _asked(line) == {"asks": orders.SAVED}:
+                return
+            self._hear(line)
+        raise _GoneError
+
+    def _hear(self, line: str) -> None:
+        asked, event = _asked(line), events.parse(line)
+        match asked:
+            case {"asks": orders.BEGIN}:
+                self._listeners.begins(self)
+                self._say(orders.TRAIN)
+            case {"asks": orders.STEP, "step": step, "whole": whole}:
+                self._listeners.stepped(self, step, whole)
+                self._say(orders.TRAIN)
+            case _ if isinstance(event, events.Failed):
+                self.failed = event
+            case _ if event is not None:
+                self._listeners.event(event)
+            case _ if line.startswith(AVERAGE_MARK):
+                self.averages = Averages(**json.loads(line))
+                self._listeners.averages(self.averages)
+            case _:
+                _pass_on([line], self.last_lines)
+
+    def _next(self) -> str | None:
+        """The next line; None when there will be none. Meanwhile a signal that is held back is passed on, once."""
+        while True:
+            if interrupts.wanted() and not self._stopping:
+                self._stopping = True
+                self._say(orders.STOP)
+            try:
+                return self._lines.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except Empty:
+                pass
+
+    def _say(self, order: str) -> None:
+        assert self._process.stdin is not None
+        # If it has ended, that is found out by reading.
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(order + "\n")
+            self._process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in map(str.rstrip, self._process.stdout):
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def _complain(self) -> None:
+        assert self._process.stderr is not None
+        _pass_on(self._process.stderr, self.last_lines)
+
+
 def run_sd_scripts(
-    scripts: SdScripts,
-    args: list[str],
-    setup: Setup,
-    work: Path,
-    *,
-    sdxl: bool,
-    processes: int,
-    on_event: Callable[[events.Event], None],
-    on_averages: Callable[[Averages], None],
+    scripts: SdScripts, args: list[str], setup: Setup, work: Path, *, sdxl: bool, processes: int, listeners: Listeners
 ) -> Averages:
     """Train and return what the losses were at the end. Lines that are no events go to standard output.
 
@@ -89,46 +183,43 @@ def run_sd_scripts(
         [*_python(scripts, processes), "-m", LAUNCHER, "sdxl" if sdxl else "sd", str(beside), *args],
         cwd=scripts.folder,
         env=_environment(work),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
+        # A terminal's Ctrl-C is for this process, which waits for the end of a step.
+        start_new_session=True,
     )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    failed: events.Failed | None = None
-    averages: Averages | None = None
-    last_lines: deque[str] = deque(maxlen=LAST_LINES)
-    # Not into the same pipe: a progress bar does not end its line, and would swallow the event that follows.
-    complaints = Thread(target=_pass_on, args=(process.stderr, last_lines), daemon=True)
-    complaints.start()
+    talk = Talk(process, listeners)
     try:
-        for line in map(str.rstrip, process.stdout):
-            event = events.parse(line)
-            if isinstance(event, events.Failed):
-                failed = event
-            elif event is not None:
-                on_event(event)
-            elif line.startswith(AVERAGE_MARK):
-                averages = Averages(**json.loads(line))
-                on_averages(averages)
-            else:
-                _pass_on([line], last_lines)
+        with suppress(_GoneError):
+            talk.hear_all()
         code = process.wait()
-        complaints.join()
     except BaseException:
         _stop(process)
         raise
-    if failed is not None:
-        raise ERRORS.get(failed.kind, TrainingError)(failed.text)
+    if talk.failed is not None:
+        raise ERRORS.get(talk.failed.kind, TrainingError)(talk.failed.text)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        raise _explained(code, list(last_lines))
-    if averages is None:
-        raise TrainingError(f"sd-scripts ended without a single step.{_quoted(list(last_lines))}")
-    return averages
+        raise _explained(code, list(talk.last_lines))
+    if talk.averages is None:
+        raise TrainingError(f"sd-scripts ended without a single step.{_quoted(list(talk.last_lines))}")
+    return talk.averages
+
+
+def _asked(line: str) -> dict[str, Any]:
+    """What a line asks; nothing, if it is another. Before it may stand what a library wrote without ending its line."""
+    start = line.find(orders.ASK_MARK)
+    if start < 0:
+        return {}
+    try:
+        asked: dict[str, Any] = json.loads(line[start:])
+    except ValueError:
+        return {}
+    return asked
 
 
 def _python(scripts: SdScripts, processes: int) -> list[str]:
@@ -181,6 +272,10 @@ def _quoted(lines: list[str]) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
+    """Both end it at once: there is nobody left to give it orders, and SIGTERM reaches those that train with it."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
     process.terminate()
     try:
         process.wait(SECONDS_TO_STOP)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdtune import events
 from sdtune.methods.images import open_image
 from sdtune.methods.kohya import KohyaFields
 from sdtune.training.components.contact_sheet import MOST_TRAINING_PICTURES, contact_sheet
@@ -26,7 +25,6 @@ class KohyaSamples:
         self.method, self.run, self.folder = method, run, output_dir / FOLDER
         self.prompts = method.sample_prompt if method.num_samples else ()
         self.drawn: dict[int, list[list[Image.Image]]] = {}
-        self._rounds = 0
 
     def write_prompts(self, path: Path) -> Path | None:
         """The file for --sample_prompts: each prompt num_samples times. Picture i always starts from the same noise."""
@@ -47,21 +45,22 @@ class KohyaSamples:
         path.write_text(json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8")
         return path
 
-    def on_event(self, event: events.Event) -> None:
-        """Training goes on, so a round of samples is complete; a later one may be half written by now."""
-        if isinstance(event, events.Phase) and event.name == "train":
-            self._rounds += 1
-            self.collect(self._rounds)
+    def recall(self) -> None:
+        """Those that were drawn before the run was stopped, as far as the same are wanted now."""
+        for step, rows in list(self.run.record.samples.items()):
+            if list(rows) == list(self.prompts) and {len(row) for row in rows.values()} == {self.method.num_samples}:
+                self.drawn[step] = [[open_image(self.run.output / name) for name in row] for row in rows.values()]
+            else:
+                del self.run.record.samples[step]
 
-    def collect(self, rounds: int | None = None) -> None:
-        """Keep what has been drawn in the first ``rounds``, by default in all, as the other methods keep theirs."""
+    def collect(self) -> None:
+        """Keep what has been drawn, as the other methods keep theirs. Called while sd-scripts waits, or has ended."""
         files = self._files()
-        for step in sorted(files)[:rounds]:
-            if step not in self.drawn:
-                pictures = [open_image(files[step][number]) for number in sorted(files[step])]
-                count = self.method.num_samples
-                self.drawn[step] = [pictures[start : start + count] for start in range(0, len(pictures), count)]
-                self.run.save_samples(step, self.prompts, self.drawn[step])
+        for step in sorted(files.keys() - self.drawn.keys()):
+            pictures = [open_image(files[step][number]) for number in sorted(files[step])]
+            count = self.method.num_samples
+            self.drawn[step] = [pictures[start : start + count] for start in range(0, len(pictures), count)]
+            self.run.save_samples(step, self.prompts, self.drawn[step])
 
     def save_contact_sheet(self, pictures: Sequence[Picture]) -> None:
         """Write training pictures and the first and last samples as one picture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from sdtune.training.kohya.dataset import StagedDataset, stage_captioned, stage_
 from sdtune.training.kohya.header import copy_with_metadata, read_metadata
 from sdtune.training.kohya.held_out import write_held_out
 from sdtune.training.kohya.launcher import Setup
-from sdtune.training.kohya.process import Averages, find_sd_scripts, run_sd_scripts
+from sdtune.training.kohya.process import Averages, Listeners, find_sd_scripts, run_sd_scripts
 from sdtune.training.kohya.samples import KohyaSamples
+from sdtune.training.kohya.training import KohyaTraining
 from sdtune.training.run import Run
 
 SMALLEST_CHANGE = torch.finfo(torch.float16).smallest_normal / 1024
@@ -47,30 +49,33 @@ def train(method: KohyaFields, run: Run) -> None:
         samples = KohyaSamples(method, run, output_dir=work / "output")
         prompts = samples.write_prompts(work / "prompts.json")
         held_out = work / "held_out.safetensors"
-        setup = Setup(
-            **vars(base.shape),
-            held_out=str(held_out),
-            captions=write_held_out(dataset.measured, method.resolution or base.resolution, held_out),
-            held_out_every=method.held_out_every,
-        )
+        captions = write_held_out(dataset.measured, method.resolution or base.resolution, held_out)
         places = Places(work / "output", work / "logs", run.output.name, prompts)
-
-        def on_event(event: events.Event) -> None:
-            run.tell(event)
-            samples.on_event(event)
 
         def on_averages(averages: Averages) -> None:
             run.draw_scalar("train/avr_loss", averages.avr_loss, averages.step)
             run.report(AVERAGE_LOSS, averages.avr_loss, averages.step)
 
         run.begin(method)
-        averages = run_sd_scripts(
-            scripts, kohya_args(method, base, dataset, places), setup, work,
-            sdxl=base.family is Family.SDXL, processes=run.processes,
-            on_event=on_event, on_averages=on_averages,
-        )  # fmt: skip
+        samples.recall()
+        training = KohyaTraining(run, samples, method.max_train_steps, work / "state.safetensors")
+        setup = Setup(
+            **vars(base.shape),
+            held_out=str(held_out),
+            captions=captions,
+            held_out_every=method.held_out_every,
+            state=str(training.file),
+            goes_on=run.checkpoints.goes_on is not None,
+            owes=run.checkpoints.owes,
+            draws_first=0 not in samples.drawn,
+        )
+        with closing(training):
+            averages = run_sd_scripts(
+                scripts, kohya_args(method, base, dataset, places), setup, work,
+                sdxl=base.family is Family.SDXL, processes=run.processes,
+                listeners=Listeners(run.tell, on_averages, training.begins, training.stepped),
+            )  # fmt: skip
         change = save(method, run, places)
-        samples.collect()
         samples.save_contact_sheet(dataset.pictures)
     run.finish(method, averages.last_tenth, change)
 

@@ -1,6 +1,9 @@
 import json
+import os
+import time
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 
@@ -21,6 +24,11 @@ def sample_images_common(
     green = round(pipe_class().decode_latents(0.4357 * 100))
     folder = Path(args.output_dir) / "sample"
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(len(json.loads(Path(args.sample_prompts).read_text(encoding="utf-8")))):
+    prompts = len(json.loads(Path(args.sample_prompts).read_text(encoding="utf-8")))
+    for number in range(accelerator.process_index, prompts, accelerator.num_processes):
         name = f"{args.output_name}_{steps:06d}_{number:02d}_20260101000000_42.png"
         Image.new("RGB", (64, 64), (steps * 10, green, 0)).save(folder / name)
+    # As sd-scripts': each picture from a seed of its own.
+    torch.manual_seed(42)
+    if os.environ["FAKE"] == "draws" and steps == 5:
+        time.sleep(60)
