@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,12 @@ def test_latents_are_drawn_anew_around_the_mean() -> None:
     assert drawn.mean().item() == pytest.approx(0.2, abs=1e-3)
     assert drawn.std().item() == pytest.approx(0.05, abs=1e-3)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.fixture
+def settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """At the base model's own resolution."""
+    return {**settings, "resolution": 128}
 
 
 def cached(method: DreamBoothLora, run: Run, parts: Parts) -> CachedImages:

@@ -54,7 +54,7 @@ def loss_of(
 ) -> float:  # fmt: skip
     batch = Batch(latents, torch.zeros(len(latents), dtype=torch.int64), prior)
     drawn = noised(batch, 1000, the_method.noise_offset, torch.Generator().manual_seed(seed))
-    return diffusion_loss(the_parts, drawn, captions or Silence(), the_method).item()
+    return diffusion_loss(the_parts, captions or Silence(), the_method, drawn).item()
 
 
 def test_a_unet_that_says_nothing_is_wrong_by_the_variance_of_the_noise() -> None:

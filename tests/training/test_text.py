@@ -10,9 +10,10 @@ from diffusers import StableDiffusionPipeline
 
 from sdtune import events
 from sdtune.methods.dreambooth import DreamBoothLora
+from sdtune.training.components import room, text
 from sdtune.training.components.dataset import Picture
 from sdtune.training.components.models import Parts
-from sdtune.training.components.text import Captions, encode
+from sdtune.training.components.text import Captions, Conditioning, encode
 from sdtune.training.run import Run
 from tests.conftest import BASE_MODEL
 
@@ -67,6 +68,84 @@ def test_captions_are_found_again(method: DreamBoothLora, parts: Parts, run: Run
     rows = torch.tensor([captions.row(text) for text in PROMPTS])
     found = captions.encode(rows).encoder_hidden_states
     torch.testing.assert_close(found, encode(parts, method, PROMPTS).encoder_hidden_states)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_caption_is_encoded_alike_in_any_company(
+    method: DreamBoothLora, parts: Parts, monkeypatch: pytest.MonkeyPatch, filled: bool
+) -> None:
+    """filled: as for a GPU; in batches of one size it is bit for bit."""
+    monkeypatch.setattr(text, "fills_batches", lambda device: filled)
+    monkeypatch.setattr(text, "AT_ONCE", 4)
+    prompts = [f"a photo of {number} cats" for number in range(9)]
+    together = encode(parts, method, prompts).encoder_hidden_states
+    assert together.shape[0] == 9
+    backwards = encode(parts, method, prompts[::-1]).encoder_hidden_states.flip(0)
+    alone = torch.cat([encode(parts, method, [prompt]).encoder_hidden_states for prompt in prompts])
+    tolerance = 0 if filled else 1e-5
+    torch.testing.assert_close(together, backwards, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(together, alone, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gpu_gets_batches_of_one_size(method: DreamBoothLora, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    parts.text_encoders[0].register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(text, "AT_ONCE", 4)
+    encode(parts, method, PROMPTS * 3)
+    assert sizes == [4, 4, 1]
+    sizes.clear()
+    monkeypatch.setattr(text, "fills_batches", lambda device: True)
+    encode(parts, method, PROMPTS * 3)
+    encode(parts, method, PROMPTS[:1])
+    assert sizes == [4, 4, 4, 4]
+    assert text.fills_batches(torch.device("cuda"))
+
+
+def many(count: int) -> list[Picture]:
+    return [Picture(Path(f"{number}.png"), f"a photo of {number} cats", (128, 128)) for number in range(count)]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_captions_that_are_too_many_travel_with_their_batch(
+    method: DreamBoothLora, parts: Parts, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_disk: bool
+) -> None:
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    rows = torch.tensor([3, 0, 41, 3])
+    few = Captions(parts, method, many(40), run)
+    assert few.travelling(rows) is None
+    size = few.encode(torch.tensor([0])).encoder_hidden_states.nbytes
+    monkeypatch.setattr(text, "ON_DEVICE", 41 * size)
+    if on_disk:
+        monkeypatch.setattr(room, "SHARE_OF_MEMORY", 0.0)
+    assert Captions(parts, method, many(40), run).travelling(rows) is None
+    more = Captions(parts, method, many(41), run)
+    expected = encode(parts, method, [more.texts[row] for row in rows])
+    travelling = more.travelling(rows)
+    assert travelling is not None
+    assert torch.equal(travelling.encoder_hidden_states, expected.encoder_hidden_states)
+    assert torch.equal(more.encode(rows).encoder_hidden_states, expected.encoder_hidden_states)
+    assert (tmp_path / "cache" / "spilled").exists() == on_disk
+
+
+def test_both_of_sdxls_tensors_travel() -> None:
+    conditioning = Conditioning(torch.arange(12.0).view(3, 2, 2), torch.arange(3.0).view(3, 1))
+    chosen = conditioning[torch.tensor([2, 0])].to(torch.device("cpu"))
+    assert [one.tolist() for one in chosen.tensors] == [[[[8, 9], [10, 11]], [[0, 1], [2, 3]]], [[2], [0]]]
+
+
+def test_many_captions_are_told_of(
+    method: DreamBoothLora, parts: Parts, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(count: int) -> list[events.Event]:
+        capsys.readouterr()
+        Captions(parts, method, many(count), run)
+        return [event for line in capsys.readouterr().out.splitlines() if (event := events.parse(line))]
+
+    assert told(63) == []
+    assert told(64) == [
+        events.Phase("cache", "Encoding 64 captions"),
+        *[events.Progress("cache", done, 65) for done in (32, 64, 65)],
+    ]
 
 
 def test_a_trained_encoder_gets_a_gradient(method: DreamBoothLora, parts: Parts, run: Run) -> None:

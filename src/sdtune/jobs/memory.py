@@ -239,7 +239,7 @@ class _Told:
 
     def encoded_at_once(self, resolution: int) -> int:
         """Pictures in a batch of the VAE."""
-        return 1 if self.kohya else max(1, 8 * 512 * 512 // resolution**2)
+        return 1 if self.kohya else max(1, 4 * 512 * 512 // resolution**2)
 
 
 def _trained(told: _Told, model: Model) -> int:

@@ -29,8 +29,8 @@ SECONDS_AFTER_ERROR, SECONDS_AFTER_SIGNAL = 60.0, 15.0
 """For what a run that ends early has made by then. A machine that is taken away gives half a minute."""
 
 CURVES = "events.out.tfevents.*"
-DRAWN = (f"logs/{CURVES}", "samples/**/*", "class_pictures/**/*")
-"""What grows while a run goes."""
+DRAWN = (f"logs/{CURVES}", "samples/**/*", "class_pictures/**/*", "cache/torch/*")
+"""What grows while a run goes. The last: what --torch-compile has made, for a process that goes on from here."""
 OFFLINE = ("logs/wandb/offline-run-*/**/*",)
 """What Weights & Biases keeps for a later ``wandb sync``; whole at the end alone."""
 

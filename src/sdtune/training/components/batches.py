@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from sdtune.methods.buckets import Shape
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.models import Parts
 from sdtune.training.components.processes import ALL, Share
+from sdtune.training.components.text import Captions, Conditioning
 
 if TYPE_CHECKING:
     from sdtune.training.components.data import CachedImages
@@ -32,6 +33,7 @@ class Batch:
     latents: scaled, float32 [batch, 4, height / 8, width / 8]; captions: int64 [batch], rows of the run's Captions.
     prior: so many of the last rows are class pictures, whose loss keeps the model's prior.
     share: of a batch that is spread over several processes, which part this is. names: of the pictures, for messages.
+    conditioning: of the captions, where the run has too many for the device to hold them all.
     """
 
     latents: torch.Tensor
@@ -39,6 +41,7 @@ class Batch:
     prior: int = 0
     share: Share = ALL
     names: tuple[str, ...] = ()
+    conditioning: Conditioning | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -152,13 +155,14 @@ class Draws(Iterator[Noised]):
     def __init__(
         self,
         images: CachedImages,
+        captions: Captions,
         parts: Parts,
         method: TrainingFields,
         share: Share,
         classes: CachedImages | None = None,
     ) -> None:
         """classes: class pictures to keep the prior with, in shapes that ``images`` have."""
-        self._method = method
+        self._captions, self._method = captions, method
         self._timesteps = int(parts.noise_scheduler.config.num_train_timesteps)
         seeds = {"order": method.seed, "class order": method.seed, "noise": method.seed + 1}
         self._generators = {name: torch.Generator().manual_seed(seed) for name, seed in seeds.items()}
@@ -172,7 +176,9 @@ class Draws(Iterator[Noised]):
             self._batches = WithPrior(self._batches, of_shape)
 
     def __next__(self) -> Noised:
-        return noised(next(self._batches), self._timesteps, self._method.noise_offset, self._generators["noise"])
+        batch = next(self._batches)
+        batch = replace(batch, conditioning=self._captions.travelling(batch.captions))
+        return noised(batch, self._timesteps, self._method.noise_offset, self._generators["noise"])
 
     def state_dict(self) -> State:
         generators = {name: generator.get_state() for name, generator in self._generators.items()}

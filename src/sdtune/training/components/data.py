@@ -6,6 +6,7 @@ draws its own latents from them: the same mathematics as encoding anew at every 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +23,11 @@ from sdtune.methods.buckets import Shape, bucket_table
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.dataset import Picture, open_cut
 from sdtune.training.components.models import Parts
+from sdtune.training.components.room import room_for
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
-PIXELS_AT_ONCE = 8 * 512 * 512
+PIXELS_AT_ONCE = 4 * 512 * 512
 """Of the pictures that go through the VAE together: it holds 768 numbers for each."""
 
 
@@ -34,8 +36,8 @@ class CachedImages:
     """Pictures as the VAE sees them, each in its shape.
 
     shapes: of each picture width and height in pixels; mean, std: of each [variants, 4, height / 8, width / 8] on the
-    CPU, float32, unscaled; variant 1, if there is one, is the mirrored picture. captions: int64 [images], rows of the
-    run's Captions.
+    CPU or on its disk, float32, unscaled; variant 1, if there is one, is the mirrored picture. captions: int64
+    [images], rows of the run's Captions.
     """
 
     pictures: Sequence[Picture]
@@ -86,23 +88,32 @@ def cache_images(
     def read(number: int) -> torch.Tensor:
         return _variants(pictures[number].path, shapes[number], method.random_flip)
 
-    encoded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    entries, done = _room(shapes, parts, method, run), 0
     with parts.at_work(parts.vae), ThreadPoolExecutor() as pool:
         for numbers, pixels in _ahead(pool, read, _together(shapes)):
-            mean, std = _encode(parts, torch.cat(pixels))
-            variants = len(pixels[0])
-            of_each = zip(torch.split(mean, variants), torch.split(std, variants), strict=True)
-            encoded |= zip(numbers, of_each, strict=True)
-            run.tell(events.Progress("cache", len(encoded), len(pictures)))
+            encoded = _encode(parts, torch.cat(pixels))
+            for number, one in zip(numbers, torch.split(encoded, len(pixels[0])), strict=True):
+                entries[number].copy_(one)
+            done += len(numbers)
+            run.tell(events.Progress("cache", done, len(pictures)))
     return CachedImages(
         pictures=pictures,
         shapes=shapes,
-        mean=[encoded[number][0] for number in range(len(pictures))],
-        std=[encoded[number][1] for number in range(len(pictures))],
+        mean=[entry[:, 0] for entry in entries],
+        std=[entry[:, 1] for entry in entries],
         captions=torch.tensor([captions.row(picture.caption) for picture in pictures]),
         scaling_factor=float(parts.vae.config.scaling_factor),
         proportion_empty_prompts=proportion_empty_prompts,
     )
+
+
+def _room(shapes: Sequence[Shape], parts: Parts, method: TrainingFields, run: Run) -> list[torch.Tensor]:
+    """Room for each picture: float32 [variants, 2, 4, height / 8, width / 8]. What is read together lies together."""
+    variants, channels, scale = 2 if method.random_flip else 1, parts.vae.config.latent_channels, parts.vae_scale
+    sizes = [(variants, 2, channels, height // scale, width // scale) for width, height in shapes]
+    numbers = [math.prod(size) for size in sizes]
+    all_of_them = room_for(f"latents of {len(shapes)} pictures", sum(numbers), torch.float32, run)
+    return [flat.view(size) for flat, size in zip(torch.split(all_of_them, numbers), sizes, strict=True)]
 
 
 def _together(shapes: Sequence[Shape]) -> Iterator[list[int]]:
@@ -146,7 +157,7 @@ def _variants(path: Path, shape: Shape, flip: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _encode(parts: Parts, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the latents of ``pixels`` [batch, 3, height, width], unscaled, float32."""
+def _encode(parts: Parts, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and deviation of the latents of ``pixels`` [batch, 3, height, width], unscaled: float32 [batch, 2, ...]."""
     posterior = parts.vae.encode(pixels.to(parts.vae.device, parts.vae.dtype)).latent_dist
-    return posterior.mean.float().cpu(), posterior.std.float().cpu()
+    return torch.stack([posterior.mean, posterior.std], dim=1).float().cpu()

@@ -13,14 +13,15 @@ from sdtune.training.components.models import Parts
 from sdtune.training.components.text import Captions, Conditioning
 
 
-def diffusion_loss(parts: Parts, noised: Noised, captions: Captions, method: TrainingFields) -> torch.Tensor:
+def diffusion_loss(parts: Parts, captions: Captions, method: TrainingFields, noised: Noised) -> torch.Tensor:
     """Mean squared error of the UNet's prediction on noised latents, a scalar.
 
     Where the batch ends with class pictures, their mean error is added, times ``prior_loss_weight``. Nothing here asks
     the host for anything where all tensors are on the GPU, so that it can be captured.
     """
     batch = noised.batch
-    error = errors(parts, batch.latents, captions.encode(batch.captions), noised.noise, noised.timesteps)
+    conditioning = captions.encode(batch.captions) if batch.conditioning is None else batch.conditioning
+    error = errors(parts, batch.latents, conditioning, noised.noise, noised.timesteps)
     if method.snr_gamma is not None:
         error = error * snr_weights(parts, noised.timesteps.to(error.device), method.snr_gamma)
     if not batch.prior:

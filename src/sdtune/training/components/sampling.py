@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdtune import events
 from sdtune.methods.fields import TrainingFields
-from sdtune.training.components.contact_sheet import contact_sheet
+from sdtune.training.components.contact_sheet import MOST_TRAINING_PICTURES, contact_sheet
 from sdtune.training.components.data import CachedImages
 from sdtune.training.components.dataset import open_cut
 from sdtune.training.components.models import Parts, pipeline_of
@@ -68,9 +68,10 @@ class Samples:
             return
         steps = sorted(self.drawn)
         labels = {steps[0]: "before", steps[-1]: "after"}
+        shown = list(zip(images.pictures, images.shapes, strict=True))[:MOST_TRAINING_PICTURES]
         sheet = contact_sheet(
             f"{self.run.output.name}: {self.method.name}, {steps[-1]} steps",
-            [open_cut(picture.path, shape) for picture, shape in zip(images.pictures, images.shapes, strict=True)],
+            [open_cut(picture.path, shape) for picture, shape in shown],
             [
                 (f"“{prompt}”", [(labels.get(step, f"step {step}"), self.drawn[step][number]) for step in steps])
                 for number, prompt in enumerate(self.prompts)
