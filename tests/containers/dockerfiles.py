@@ -46,8 +46,18 @@ class Dockerfile:
     stages: dict[str, list[Instruction]]
 
     def of(self, stage: str, *names: str) -> list[Instruction]:
-        """The instructions of a stage that are called so."""
-        return [one for one in self.stages[stage] if one.name in names]
+        """The instructions of a stage that are called so, after those of the stage that it goes on from."""
+        return [one for one in self.all(stage) if one.name in names]
+
+    def all(self, stage: str) -> list[Instruction]:
+        """Every instruction that made what the stage is."""
+        first, *rest = self.stages[stage]
+        below = first.words[0]
+        return [*self.all(below), *rest] if below in self.stages else [first, *rest]
+
+    @staticmethod
+    def is_from_a_stage(one: Instruction) -> bool:
+        return any(flag.startswith("from=") for flag in one.flags)
 
 
 def read(image: str, project: Path = ROOT) -> Dockerfile:
@@ -83,14 +93,15 @@ def run_in_python(
 ) -> str:
     """Run a stage in ``python``'s environment, with the image's folders in ``root``; what it printed.
 
-    COPY copies, ENV sets, RUN runs where it is in Python; all else is left out. given: over what ENV sets.
+    COPY copies what is not another stage's, ENV sets, RUN runs where it is in Python; all else is left out. given: over
+    what ENV sets.
     project: the folder that is built from.
     AssertionError: a step failed.
     """
     environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     printed = ""
-    for one in file.stages[stage]:
-        if one.name == "COPY":
+    for one in file.all(stage):
+        if one.name == "COPY" and not file.is_from_a_stage(one):
             copy(one.words[:-1], Path(there(one.words[-1], root)), project)
         elif one.name == "ENV":
             pairs = (word.partition("=") for word in one.words)

@@ -28,6 +28,7 @@ from sdtune import events
 from sdtune.methods.catalog import METHODS
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.layouts import Layout
+from sdtune.training.kernels import driver
 from sdtune.training.kohya.process import FOLDER as SD_SCRIPTS
 
 PICTURES = 2
@@ -127,6 +128,16 @@ def import_checks() -> Iterator[Check]:
         yield f"import {package} and all in it", lambda package=package: import_all(package)  # type: ignore[misc]
     for name in LIBRARIES:
         yield f"import {name}", lambda name=name: importlib.import_module(name) and ""  # type: ignore[misc]
+    if os.environ.get("TRITON_CACHE_DIR"):
+        yield "what Triton starts kernels by", triton_check
+
+
+def triton_check() -> str:
+    """Where it lies. BrokenError: a GPU's first kernel would need a compiler."""
+    made = driver.library()
+    if made is None:
+        raise BrokenError(f"it is not in TRITON_CACHE_DIR={os.environ['TRITON_CACHE_DIR']}")
+    return f", {made}"
 
 
 def import_all(package: str) -> str:
