@@ -1,12 +1,13 @@
 """The fused kernels on a GPU: right, and how quick, at the shapes of Stable Diffusion 1.5 at 512 px and XL at 1024 px.
 
-    python benchmarks/kernels.py FILE [--only REGEX] [--seconds 60]
+    python benchmarks/kernel_speed.py FILE [--only REGEX] [--seconds 60] [--tune]
 
 Writes FILE as JSON, renewed after each case, and prints a line for each: the largest error of values and gradients as a
 part of the largest number, ours and that of plain torch in bfloat16, both against float32; microseconds forward and
 backward of plain torch, of torch.compile, of ours, and what the memory's bandwidth allows. All are timed as CUDA
 graphs, as the trainer runs them: small tensors stay in the GPU's cache there, which they do not in a training step.
-A case that fails says so and does not end the others. Last, the table that ``kernels/attention.py`` wants.
+A case that fails says so and does not end the others. Attention is also timed by each of torch's backends. --tune times
+its kernels in other tiles instead, one thing changed after the other, and prints the quickest for ``attention.tiles``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
 import sys
 import time
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
+from kernel_speed_adamw import measure_adamw
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtune.training.kernels import attention
 from sdtune.training.kernels.geglu import geglu, geglu_reference
@@ -47,7 +50,8 @@ Function = Callable[..., Any]
 class Case:
     """inputs: tensors, those with a gradient among them; ours: ways to compute it, by name, the product's first.
 
-    moved: bytes that must go through memory, forward and backward; flops: of its matrix products.
+    others: what is timed for the record; moved: bytes that must go through memory, forward and
+    backward; flops: of its matrix products.
     """
 
     name: str
@@ -57,11 +61,14 @@ class Case:
     moved: float = 0
     flops: float = 0
     compiled: bool = False
+    others: dict[str, Function] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad)
+    """By a generator of their own: a recording that fails leaves torch's in its middle, which ends all that follows."""
+    generator = torch.Generator(DEVICE).manual_seed(math.prod(shape))
+    return torch.randn(shape, device=DEVICE, generator=generator).to(dtype).requires_grad_(grad)
 
 
 def image(batch: int, channels: int, side: int) -> torch.Tensor:
@@ -179,18 +186,17 @@ def outcome(case: Case, function: Function, dtype: torch.dtype | None = None) ->
     given = [copied(one, dtype) for one in case.inputs]
     results = function(*given)
     results = results if isinstance(results, tuple) else (results,)
-    torch.manual_seed(1)
-    grads = [torch.randn(one.shape, device=DEVICE).to(one.dtype) for one in results]
+    grads = [numbers(*one.shape, dtype=one.dtype, grad=False) for one in results]
     trained = [one for one in given if one is not None and one.requires_grad]
     return [*results, *torch.autograd.grad(results, trained, grads)]
 
 
 def copied(one: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """With its strides: parts of a product stay as far apart as they are there."""
     if one is None:
         return None
-    return (
-        one.detach().clone(memory_format=torch.preserve_format).to(dtype or one.dtype).requires_grad_(one.requires_grad)
-    )
+    empty = torch.empty_strided(one.shape, one.stride(), dtype=dtype or one.dtype, device=one.device)
+    return empty.copy_(one.detach()).requires_grad_(one.requires_grad)
 
 
 def largest_errors(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[float]:
@@ -204,7 +210,7 @@ def microseconds(case: Case, function: Function) -> float:
     trained = [one for one in given if one is not None and one.requires_grad]
     results = function(*given)
     results = results if isinstance(results, tuple) else (results,)
-    grads = [torch.randn_like(one) for one in results]
+    grads = [torch.empty_like(one).copy_(numbers(*one.shape, grad=False)) for one in results]
     del results
 
     def once() -> None:
@@ -250,82 +256,148 @@ def measure(case: Case, compiling: bool) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001
             found[name] = failure(error)
     found["plain"] = microseconds(case, case.reference)
+    times: dict[str, Any] = {}
+    for name, function in case.others.items():
+        try:
+            times[name] = microseconds(case, function)
+        except Exception as error:  # noqa: BLE001
+            times[name] = failure(error)
+    found |= {"others": times} if times else {}
     if case.compiled and compiling:
         torch._dynamo.reset()
         found["compiled"] = microseconds(case, torch.compile(case.reference, dynamic=False))
     return found
 
 
-def attentions() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Every backend and padded size, in the layout that projections of q, k and v as one have."""
-    own = [(8, 40, 4096, 4096), (10, 64, 4096, 4096), (8, 80, 1024, 1024), (8, 160, 256, 256), (20, 64, 1024, 1024)]
-    across = [(8, 40, 4096, 77), (10, 64, 4096, 77), (8, 80, 1024, 77), (8, 160, 256, 77)]
-    for heads, head_dim, tokens, keys in own + across:
-        for batch in (4, 1, 16):
-            shape = (batch, heads, head_dim, tokens, keys)
-            yield (
-                f"attention {batch}x{heads}x{tokens}x{keys} of {head_dim}",
-                lambda shape=shape: measure_attention(*shape),
-            )
+BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+SHAPES = (
+    # Cross-attention of Stable Diffusion 1.5 at 512 px, of XL at 1024 px, and with longer prompts.
+    (8, 40, 4096, 77), (8, 80, 1024, 77), (8, 160, 256, 77), (8, 160, 64, 77), (10, 64, 4096, 77), (20, 64, 1024, 77),
+    (8, 40, 4096, 154), (8, 80, 1024, 154), (10, 64, 4096, 154), (20, 64, 1024, 154), (20, 64, 1024, 231),
+    # Self-attention.
+    (8, 160, 64, 64), (8, 160, 256, 256), (8, 80, 1024, 1024), (8, 40, 4096, 4096), (20, 64, 1024, 1024),
+    (10, 64, 4096, 4096),
+)  # fmt: skip
+"""Heads, their size, tokens and keys."""
 
 
-def measure_attention(batch: int, heads: int, head_dim: int, tokens: int, keys: int) -> dict[str, Any]:
-    width = heads * head_dim
+def attentions() -> Iterator[Case]:
+    for heads, head_dim, tokens, keys in SHAPES:
+        for batch in BATCHES:
+            query, key, value = projections(batch, heads * head_dim, tokens, keys)
+            yield Case(
+                f"attention {batch}x{heads}x{tokens}x{keys} of {head_dim}", [query, key, value],
+                of_projections(attention.attention_reference, heads),
+                {"chosen": of_projections(attention.attention, heads)},
+                # Query and result; query, its gradient and the result's; keys and values are as often.
+                moved=5 * query.nbytes + 6 * key.nbytes,
+                # Forward two products, backward five.
+                flops=14 * batch * heads * tokens * keys * head_dim,
+                others={backend.name: of_projections(by(backend), heads) for backend in BACKENDS},
+                facts={"shape": (batch, heads, head_dim, tokens, keys)},
+            )  # fmt: skip
+
+
+def projections(batch: int, width: int, tokens: int, keys: int) -> list[torch.Tensor]:
+    """query, [batch, tokens, width], key and value, [batch, keys, width], as parts of the products they come from."""
     if tokens == keys:
-        whole = numbers(batch, tokens, 3 * width, grad=False)
-        parts = [part.detach().requires_grad_() for part in whole.split(width, dim=2)]
+        parts = numbers(batch, tokens, 3 * width, grad=False).split(width, dim=2)
     else:
-        both = numbers(batch, keys, 2 * width, grad=False)
-        parts = [numbers(batch, tokens, width), *(part.detach().requires_grad_() for part in both.split(width, dim=2))]
-    dy = numbers(batch, tokens, width, grad=False)
+        parts = numbers(batch, tokens, width, grad=False), *numbers(batch, keys, 2 * width, grad=False).split(width, 2)
+    return [part.detach().requires_grad_() for part in parts]
 
-    def attend(choice: attention.Choice | None, *given: torch.Tensor) -> torch.Tensor:
-        split = [one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in given]
-        return attention.attention(*split, choice=choice).transpose(1, 2).flatten(2)
 
-    choices: list[attention.Choice | None] = [None]
-    for backend in attention.CANDIDATES:
-        choices += [attention.Choice(backend, padded) for padded in attention.padded_sizes(head_dim)]
-    found: dict[str, Any] = {"head_dim": head_dim, "keys": keys, "batch": batch, "times": {}}
-    # Forward two products, backward five.
-    found["bound"] = round(14 * batch * heads * tokens * keys * head_dim / FLOPS * 1e6, 1)
-    first: torch.Tensor | None = None
-    for choice in choices:
-        name = "torch's own" if choice is None else f"{choice.backend.name} {choice.padded}"
-        try:
-            result = attend(choice, *parts)
-            first = result if first is None else first
-            assert (result - first).abs().max() <= 0.02 * first.abs().max(), "another result"
-            found["times"][name] = timed(lambda choice=choice: torch.autograd.grad(attend(choice, *parts), parts, dy))
-        except Exception as error:  # noqa: BLE001
-            found["times"][name] = failure(error)
-    return found
+def parted(given: Sequence[Any], heads: int) -> list[torch.Tensor]:
+    return [one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in given]
+
+
+def of_projections(function: Function, heads: int) -> Function:
+    return lambda *given: function(*parted(given, heads)).transpose(1, 2).flatten(2)
+
+
+def by(backend: SDPBackend) -> Function:
+    def attend(*given: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return attention.attention_reference(*given)
+
+    return attend
+
+
+CHANGES: dict[str, tuple[Any, ...]] = {
+    "forward": ((64, 4), (128, 4), (128, 8), (64, 8), (32, 4)),
+    "backward": ((64, 8, False), (64, 4, True), (64, 8, True), (128, 8, False), (32, 8, True), (32, 8, False)),
+    "stages": (1, 2, 3),
+    "programs": (66, 132, 264, 396),
+}
+"""Of ``attention.Tiles``, one after the other with the best so far: rows and warps; rows, warps and apart; the rest."""
+
+
+def tune(case: Case) -> dict[str, Any]:
+    """Microseconds of each change, and the best."""
+    _, _, head_dim, _, keys = case.facts["shape"]
+    now, original = attention.tiles(head_dim, max(16, 1 << (keys - 1).bit_length())), attention.tiles
+    found: dict[str, Any] = {"times": {}}
+    least = math.inf
+    try:
+        for kind, values in CHANGES.items():
+            best = now
+            for value in values:
+                tried = changed(now, kind, value)
+                attention.tiles = lambda *_, tried=tried: tried
+                name = " ".join(str(one) for one in tried)
+                if name in found["times"]:
+                    continue
+                try:
+                    found["times"][name] = took = microseconds(case, case.ours["chosen"])
+                except Exception as error:  # noqa: BLE001
+                    found["times"][name], took = failure(error), math.inf
+                if took < least:
+                    best, least = tried, took
+            now = best
+    finally:
+        attention.tiles = original
+    return {**found, "best": repr(now), "chosen": least}
+
+
+def takes(case: Case) -> bool:
+    return attention.few_keys(*parted(case.inputs, case.facts["shape"][1]))
+
+
+def changed(tiles: attention.Tiles, kind: str, value: Any) -> attention.Tiles:
+    if kind == "forward":
+        return tiles._replace(rows=value[0], warps=value[1])
+    if kind == "backward":
+        return tiles._replace(back_rows=value[0], back_warps=value[1], apart=value[2])
+    return tiles._replace(**{kind: value})
+
+
+def adamws() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """All weights of SD 1.5's UNet, and a LoRA of rank 4."""
+    for count in (859_520_964, 797_184):
+        yield f"adamw {count}", lambda count=count: measure_adamw(count, BYTES_PER_SECOND)
 
 
 def failure(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
 
 
-def table(found: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For each head size, with many keys or few, the choice with the least sum over the batches and widths."""
-    sums: dict[str, dict[str, list[float]]] = {}
-    for one in found:
-        if "times" in one:
-            row = f"({one['head_dim']}, {one['keys'] > attention.MANY_TOKENS})"
-            for name, took in one["times"].items():
-                sums.setdefault(row, {}).setdefault(name, []).append(float("inf") if isinstance(took, str) else took)
-    return {row: min(choices, key=lambda name, choices=choices: sum(choices[name])) for row, choices in sums.items()}
-
-
 def line(found: dict[str, Any]) -> str:
     if "times" in found:
-        times = sorted(found["times"].items(), key=lambda one: (isinstance(one[1], str), one[1]))
-        return f"{found['case']:34} bound {found['bound']:8}  " + ", ".join(f"{n} {str(t)[:40]}" for n, t in times)
+        return f"{found['case']:34}  {found['chosen']:8}  {found['best']}  {ordered(found['times'])}"
     told = [f"{found['case']:34}"]
     for name in ("bound", "chosen", "other", "plain", "compiled"):
         told += [f"{name} {str(found[name])[:60]:>8}"] if name in found else []
     wrong = [name for name in ("chosen", "other") if found.get(f"{name}_right") is False]
+    if "others" in found:
+        times = {name: found[name] for name in ("chosen", "plain") if name in found} | found["others"]
+        told += [f"best: {ordered(times).split()[0]}; {ordered(found['others'])}"]
     return "  ".join(told) + (f"  WRONG: {', '.join(wrong)} {found}" if wrong else "")
+
+
+def ordered(times: dict[str, Any]) -> str:
+    """Quickest first, failures last."""
+    pairs = sorted(times.items(), key=lambda one: (isinstance(one[1], str), one[1]))
+    return ", ".join(f"{name} {str(took)[:40]}" for name, took in pairs)
 
 
 def main() -> None:
@@ -334,16 +406,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name this regular expression is found in")
     parser.add_argument("--seconds", type=float, default=60, help="no case is begun after so many")
     parser.add_argument("--no-compile", action="store_true", help="torch.compile takes seconds for each kernel")
+    parser.add_argument("--tune", action="store_true", help="attention alone, where the kernels take it: other tiles")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py: found no CUDA device; the kernels are tested without one by make test.")
+        sys.exit("benchmarks/kernel_speed.py: found no CUDA device; the kernels are tested without one by make test.")
     # Each capture looks for garbage first.
     gc.collect()
     gc.freeze()
     started, done = time.perf_counter(), list[dict[str, Any]]()
     kinds = (group_norms, trained_group_norms, layer_norms, geglus, residuals, lora_linears)
     # One case of each kind after the other, so that a run that is cut short has told something of all.
-    queues: list[Iterator[Any]] = [*(kind() for kind in kinds), attentions()]
+    queues: list[Iterator[Any]] = [*(kind() for kind in kinds), attentions(), adamws()]
+    if options.tune:
+        queues = [((case.name, lambda case=case: tune(case)) for case in attentions() if takes(case))]
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     left_out = 0
     while queues:
@@ -358,7 +433,6 @@ def main() -> None:
             if time.perf_counter() - started > options.seconds:
                 left_out += 1
                 continue
-            torch.manual_seed(0)
             began = time.perf_counter()
             try:
                 found = {"case": name, **(work() if work else measure(case, not options.no_compile))}
@@ -368,10 +442,8 @@ def main() -> None:
             found["seconds"] = round(time.perf_counter() - began, 2)
             done.append(found)
             print(line(found), flush=True)
-            options.file.write_text(
-                json.dumps({**facts, "cases": done, "attention": table(done), "left_out": left_out}, indent=1)
-            )
-    print("attention:", json.dumps(table(done)), f"; {left_out} cases left out; {SDPBackend.__name__} names and sizes")
+            options.file.write_text(json.dumps({**facts, "cases": done, "left_out": left_out}, indent=1))
+    print(f"{left_out} cases left out")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``train``, ``save``,
-    ``upload``, ``copy`` or ``cells``."""
+    """The run has begun a part of its work: ``fetch``, ``load``, ``cache``, ``sample``, ``compile``, ``train``,
+    ``save``, ``upload``, ``copy`` or ``cells``."""
 
     event: ClassVar[str] = "phase"
     name: str

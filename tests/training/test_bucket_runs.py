@@ -24,6 +24,7 @@ from sdtune.methods.catalog import METHODS
 from sdtune.training import outbox
 from sdtune.training.__main__ import main
 from sdtune.training.components import store
+from sdtune.training.components.checkpoint_files import Disk
 from sdtune.training.components.fetch import FETCHED, folder_here
 from sdtune.training.components.store import in_store
 from sdtune.training.destinations import RUN_FOLDER
@@ -308,6 +309,23 @@ def test_a_stopped_run_uploads_what_is_whole(
     assert [name for name in left if name.endswith("/manifest.json")]
     assert len([name for name in storage.buckets["pets"] if "tfevents" in name]) == 1
     assert not list((tmp_path / "cache" / "runs").iterdir())
+
+
+def test_a_checkpoint_waits_for_the_disk_only_where_it_stays(
+    dataset: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[bool] = []
+    write = Disk.write
+
+    def noting(disk: Disk, file: Path, content: Any) -> tuple[int, str]:
+        waited.append(disk.durable)
+        return write(disk, file, content)
+
+    monkeypatch.setattr(Disk, "write", noting)
+    for output, waits in (("gs://pets/dog_lora", False), (str(tmp_path / "out"), True)):
+        waited.clear()
+        assert train(dataset, output)[0] == 0
+        assert set(waited) == {waits}
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

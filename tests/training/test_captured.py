@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from sdtune import events
 from sdtune.training.components.batches import Batch, Noised
 from sdtune.training.components.captured import Captured
+from sdtune.training.components.text import Conditioning
 
 CPU = torch.device("cpu")
 
@@ -20,9 +22,11 @@ class Recording:
 
     made = 0
 
-    def __init__(self, function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> None:
+    def __init__(
+        self, function: Callable[[], torch.Tensor], inputs: list[torch.Tensor], beside: Recording | None
+    ) -> None:
         Recording.made += 1
-        self.function, self.inputs = function, inputs
+        self.function, self.inputs, self.beside = function, inputs, beside
 
     def replay(self, given: list[torch.Tensor]) -> torch.Tensor:
         for kept, new in zip(self.inputs, given, strict=True):
@@ -31,12 +35,12 @@ class Recording:
 
 
 class Refusing(Recording):
-    def __init__(self, function: Any, inputs: Any) -> None:
+    def __init__(self, function: Any, inputs: Any, beside: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
 
 class Full(Recording):
-    def __init__(self, function: Any, inputs: Any) -> None:
+    def __init__(self, function: Any, inputs: Any, beside: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
 
@@ -67,6 +71,24 @@ def test_every_batch_has_its_own_loss(graphs: type | None) -> None:
             assert one_pass(given).item() == sum_of(given).item()
 
 
+@pytest.mark.parametrize("pooled", [None, torch.tensor([[5.0], [7.0]])])
+@pytest.mark.parametrize("graphs", [None, Recording])
+def test_what_a_batch_brings_of_its_captions_is_its_own(graphs: type | None, pooled: torch.Tensor | None) -> None:
+    """Where the captions are too many for the device, the recording reads those of each batch, not of the first."""
+
+    def sum_of_captions(noised: Noised) -> torch.Tensor:
+        assert noised.batch.conditioning is not None
+        return torch.stack([one.sum() for one in noised.batch.conditioning.tensors]).sum() + sum_of(noised)
+
+    one_pass = Captured(sum_of_captions, CPU, [].append, graphs)
+    for number in (1.0, 2.0, 3.0, 4.0):
+        brought = Conditioning(torch.full((2, 77, 8), number), None if pooled is None else pooled * number)
+        given = batch(number)
+        given = replace(given, batch=replace(given.batch, conditioning=brought))
+        assert one_pass(given).item() == sum_of_captions(given).item()
+    assert Recording.made == (graphs is Recording)
+
+
 def test_each_shape_is_recorded_once_and_at_its_second_batch() -> None:
     one_pass = captured(Recording)
     made = []
@@ -93,3 +115,17 @@ def test_too_little_memory_is_not_taken_for_that() -> None:
     one_pass(batch(1))
     with pytest.raises(torch.OutOfMemoryError):
         one_pass(batch(2))
+
+
+def test_recordings_share_the_memory_of_one_that_is_there() -> None:
+    made: list[Recording] = []
+
+    class Noted(Recording):
+        def __init__(self, function: Any, inputs: Any, beside: Any) -> None:
+            super().__init__(function, inputs, beside)
+            made.append(self)
+
+    one_pass = captured(Noted)
+    for height in (2, 2, 4, 4):
+        one_pass(batch(1.0, height))
+    assert [one.beside for one in made] == [None, made[0]]

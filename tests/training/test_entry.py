@@ -25,16 +25,19 @@ from sdtune.methods.catalog import METHODS
 from sdtune.methods.dreambooth import DreamBoothLora
 from sdtune.training.__main__ import run_training
 from tests.conftest import BASE_MODEL, DATASETS
+from tests.training.conftest import EntryPoint
+
+pytestmark = pytest.mark.usefixtures("small")
 
 
-def command(settings: dict[str, Any], dataset: Path, output: Path) -> list[str]:
-    job = plan_training(DreamBoothLora.from_settings(settings), str(dataset), str(output))
-    return [sys.executable, "-m", "sdtune.training", *job.args]
+def arguments(settings: dict[str, Any], dataset: Path, output: Path, *more: str) -> list[str]:
+    return [*plan_training(DreamBoothLora.from_settings(settings), str(dataset), str(output)).args, *more]
 
 
 def train(settings: dict[str, Any], dataset: Path, output: Path, *more: str) -> tuple[int, list[events.Event], str]:
     """Exit code, events, and everything else that was printed."""
-    ran = subprocess.run([*command(settings, dataset, output), *more], capture_output=True, text=True)
+    words = arguments(settings, dataset, output, *more)
+    ran = subprocess.run([sys.executable, "-m", "sdtune.training", *words], capture_output=True, text=True)
     told = [events.parse(line) for line in ran.stdout.splitlines()]
     return ran.returncode, [event for event in told if event], ran.stderr
 
@@ -43,6 +46,7 @@ def test_a_run_leaves_everything_it_promises(
     settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "my cat"
+    settings.pop("resolution")
     code, told, _ = train({**settings, "lora_alpha": 2, "sample_every": 2}, pictures(), output)
     assert code == 0
     assert [type(event).__name__ for event in told][-1] == "Finished"
@@ -76,13 +80,15 @@ def test_a_run_leaves_everything_it_promises(
 
 
 def test_the_same_settings_give_the_same_files(
-    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path, entry_point: EntryPoint
 ) -> None:
     dataset = pictures()
-    made = []
-    for name, more in (("one", {}), ("two", {}), ("three", {"seed": 1})):
-        assert train({**settings, "num_samples": 0, **more}, dataset, tmp_path / name / "cat")[0] == 0
-        made.append(digests(tmp_path / name / "cat"))
+    settings["num_samples"] = 0
+    # In one process and in another, which hashes texts in another way.
+    assert train(settings, dataset, tmp_path / "one" / "cat")[0] == 0
+    for name, more in (("two", {}), ("three", {"seed": 1})):
+        assert entry_point(arguments({**settings, **more}, dataset, tmp_path / name / "cat"))[0] == 0
+    made = [digests(tmp_path / name / "cat") for name in ("one", "two", "three")]
     assert len(made[0]) == 2
     assert made[0] == made[1]
     assert all(made[0][name] != made[2][name] for name in made[0])
@@ -104,7 +110,9 @@ def digests(output: Path) -> dict[str, str]:
 )
 def test_so_does_every_method(tmp_path: Path, name: str, more: dict[str, Any], count: int) -> None:
     method = METHODS[name]
-    common = {"base_model": str(BASE_MODEL), "max_train_steps": 2, "num_samples": 0, "sample_steps": 2}
+    common = {
+        "base_model": str(BASE_MODEL), "resolution": 64, "max_train_steps": 2, "num_samples": 0, "sample_steps": 2,
+    }  # fmt: skip
     if "instance_prompt" in method.model_fields:
         common["instance_prompt"] = "a photo of sks cat"
     dataset = DATASETS / method.layout.value
@@ -116,10 +124,12 @@ def test_so_does_every_method(tmp_path: Path, name: str, more: dict[str, Any], c
     assert len(made[0]) == count, sorted(made[0])
 
 
-def test_a_searchs_value_wins(settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path) -> None:
-    code, _, _ = train(
-        {**settings, "num_samples": 0}, pictures(), tmp_path / "out", "--rank=2", "--learning_rate=1e-05"
-    )
+def test_a_searchs_value_wins(
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path, entry_point: EntryPoint
+) -> None:
+    settings["num_samples"] = 0
+    searched = ("--rank=2", "--learning_rate=1e-05")
+    code, _, _ = entry_point(arguments(settings, pictures(), tmp_path / "out", *searched))
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert (code, recipe["rank"], recipe["learning_rate"]) == (0, 2, 1e-05)
 
@@ -135,10 +145,10 @@ def test_a_searchs_value_wins(settings: dict[str, Any], pictures: Callable[..., 
 def test_a_run_that_learns_nothing_says_why_and_fails(
     settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path,
     more: dict[str, Any], code: int, kind: str, words: str,
-    monkeypatch: pytest.MonkeyPatch,
+    entry_point: EntryPoint, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ended, told, _ = train({**settings, "num_samples": 0, **more}, pictures(), tmp_path / "out")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ended, told, _ = entry_point(arguments({**settings, "num_samples": 0, **more}, pictures(), tmp_path / "out"))
     failed = told[-1]
     assert ended == code
     assert isinstance(failed, events.Failed)
@@ -149,10 +159,10 @@ def test_a_run_that_learns_nothing_says_why_and_fails(
 
 
 def test_an_output_that_cannot_be_written_is_named(
-    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path, entry_point: EntryPoint
 ) -> None:
     (tmp_path / "file").write_text("")
-    code, told, _ = train(settings, pictures(), tmp_path / "file")
+    code, told, _ = entry_point(arguments(settings, pictures(), tmp_path / "file"))
     assert code == 5
     assert "cannot be written" in told[-1].text  # type: ignore[union-attr]
 
@@ -161,7 +171,8 @@ def test_a_stopped_run_leaves_no_half_written_file(
     settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings |= {"max_train_steps": 100_000, "num_samples": 0}
-    process = subprocess.Popen(command(settings, pictures(), tmp_path / "out"), stdout=subprocess.PIPE, text=True)
+    words = arguments(settings, pictures(), tmp_path / "out")
+    process = subprocess.Popen([sys.executable, "-m", "sdtune.training", *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if '"event": "step"' in line:

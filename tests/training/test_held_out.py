@@ -18,6 +18,11 @@ from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
 
 
+@pytest.fixture(autouse=True)
+def few_draws() -> None:
+    """All of them, here."""
+
+
 @pytest.fixture
 def cached(method: DreamBoothLora, run: Run, parts: Parts) -> tuple[CachedImages, Captions]:
     pictures, _ = read_dataset(method, run, "a photo of sks cat")

@@ -34,6 +34,8 @@ from sdtune.training.hypertune import (
 from sdtune.training.kohya.process import FOLDER, PYTHON
 from sdtune.training.run import Run
 from tests.kohya.test_trainer import FAKE, arguments
+from tests.training.conftest import EntryPoint, Trained
+from tests.training.test_entry import arguments as arguments_of
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -128,6 +130,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from sdtune.training.hypertune import Reports
+
+pytestmark = pytest.mark.usefixtures("small")
 for number in range(200):
     reports = Reports(Path(sys.argv[1]) / str(number), "123", 30)
     for step in range(1, 31):
@@ -218,28 +222,29 @@ def test_a_trial_without_a_name_for_a_folder_is_refused(found: str) -> None:
         trial_id({TRIAL_ID: found})
 
 
-def entry(
-    settings: dict[str, Any], dataset: Path, output: Path | str, *more: str, **environment: str
-) -> tuple[int, list[events.Event]]:
-    """The entry point as a trial's process: exit code and events."""
-    args = plan_training(DreamBoothLora.from_settings(settings), str(dataset), str(output)).args
-    command = [sys.executable, "-m", "sdtune.training", *args, *more]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    told = [event for line in ran.stdout.splitlines() if (event := events.parse(line))]
-    return ran.returncode, told
+@pytest.fixture
+def trial(entry_point: EntryPoint, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
+    """The entry point as a trial has it: exit code, events, and what else was printed."""
+
+    def run(settings: dict[str, Any], dataset: Path, output: Path, *more: str, **environment: str) -> Trained:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return entry_point(arguments_of(settings, dataset, output, "--trials", *more))
+
+    return run
 
 
 def test_a_trial_writes_beside_the_others_and_reports(
-    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path, trial: Callable[..., Trained]
 ) -> None:
     """As Vertex AI starts it: the tuned values after our own arguments, a whole number as 2.0."""
     file = tmp_path / "output.metrics"
     settings = {**settings, "num_samples": 0, "held_out_every": 2}
-    code, told = entry(
-        settings, pictures(), tmp_path / "study", "--trials", "--seed-per-trial", "--learning_rate=0.002", "--rank=2.0",
+    code, told, errors = trial(
+        settings, pictures(), tmp_path / "study", "--seed-per-trial", "--learning_rate=0.002", "--rank=2.0",
         **{TRIAL_ID: "12", METRIC_FILE: str(file)},
     )  # fmt: skip
-    assert code == 0, told
+    assert code == 0, errors
     recipe = (tmp_path / "study" / "trials" / "12" / "recipe.yaml").read_text()
     assert "learning_rate: 0.002\n" in recipe
     assert "rank: 2\n" in recipe
@@ -281,20 +286,20 @@ def test_a_trial_that_is_stopped_has_reported_what_it_measured(
     assert set(reported.items()) <= set(measured.items())
 
 
-def test_a_trial_that_fails_reports_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_trial_that_fails_reports_nothing(
+    settings: dict[str, Any], tmp_path: Path, trial: Callable[..., Trained]
+) -> None:
     file = tmp_path / "output.metrics"
-    code, told = entry(
-        settings, tmp_path / "missing", tmp_path / "study", "--trials", **{TRIAL_ID: "1", METRIC_FILE: str(file)}
-    )
+    code, told, _ = trial(settings, tmp_path / "missing", tmp_path / "study", **{TRIAL_ID: "1", METRIC_FILE: str(file)})
     assert code == DatasetError.exit_code
     assert isinstance(told[-1], events.Failed)
     assert not file.exists() or file.read_text() == ""
 
 
 def test_a_run_that_is_no_trial_is_refused_as_one(
-    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
+    settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path, trial: Callable[..., Trained]
 ) -> None:
-    code, told = entry(settings, pictures(), tmp_path / "study", "--trials")
+    code, told, _ = trial(settings, pictures(), tmp_path / "study")
     assert code == RecipeError.exit_code
     assert told == [
         events.Failed(

@@ -32,6 +32,8 @@ def test_kernels_compile_for_an_h100(tmp_path):
     run = subprocess.run(compiling, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-6000:]
     kernels = {line.split()[0] for line in run.stdout.splitlines()}
-    assert len(kernels) == 14
+    assert len(kernels) == 18
     # Numbers that do not fit a thread's registers would go through memory.
     assert not re.findall(r"(?m)^\S+ .*spilled", run.stdout)
+    # Attention of heads of 160 has some addresses there; sums would be thousands of bytes.
+    assert max(int(count) for count in re.findall(r"(\d+) bytes beside", run.stdout)) <= 256

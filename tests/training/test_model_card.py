@@ -23,6 +23,9 @@ from sdtune.training.components.base_facts import BaseFacts, License, base_facts
 from sdtune.training.components.model_card import CardFacts, DataCounts, Record, model_card
 from sdtune.training.run import Run
 from tests.conftest import BASE_MODEL
+from tests.training.conftest import EntryPoint
+
+pytestmark = pytest.mark.usefixtures("small")
 
 PROMPT = "a photo of sks cat"
 BASE = BaseFacts("someone/base", on_hub=True, single_file=False, license=License("mit", "mit"))
@@ -197,8 +200,9 @@ def program(text: str) -> str:
     [("dreambooth-lora", {}), ("dreambooth", {}), ("peft-dreambooth-lora", {"adapter": "loha"})],
 )
 def test_the_program_of_a_real_card_draws(
-    name: str, more: dict[str, Any], settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
-) -> None:
+    name: str, more: dict[str, Any], settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path,
+    entry_point: EntryPoint,
+) -> None:  # fmt: skip
     """As it stands, but for a machine without a GPU."""
     fields = METHODS[name].model_fields
     recipe = METHODS[name].from_settings({key: value for key, value in {**settings, **more}.items() if key in fields})
@@ -206,12 +210,9 @@ def test_the_program_of_a_real_card_draws(
     output.mkdir()
     (output / "README.md").write_text("of an earlier run")
     arguments = ["train", name, f"--dataset={pictures()}", f"--output={output}", *recipe.to_args()]
-    ran = subprocess.run(
-        [sys.executable, "-m", "sdtune.training", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stdout
-    told = [event for line in ran.stdout.splitlines() if isinstance(event := events.parse(line), events.Artifact)]
-    assert [event.kind for event in told][-2:] == ["card", "recipe"]
+    code, told, errors = entry_point(arguments)
+    assert code == 0, errors
+    assert [event.kind for event in told if isinstance(event, events.Artifact)][-2:] == ["card", "recipe"]
 
     text = (output / "README.md").read_text()
     assert str(tmp_path) not in text

@@ -21,6 +21,8 @@ from sdtune.training.components.text import encode
 from sdtune.training.run import Run
 from tests.conftest import BASE_MODEL
 
+pytestmark = pytest.mark.usefixtures("small")
+
 
 def changed(method: DreamBoothLora, **settings: Any) -> DreamBoothLora:
     return method.model_copy(update=settings)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,9 @@ from sdtune.training import nfs
 from sdtune.training.__main__ import main
 from sdtune.training.nfs import FOR_PEFT, check_shares, choose
 from tests.servers.storage import StorageServer
+from tests.training.conftest import EntryPoint
+
+pytestmark = pytest.mark.usefixtures("small")
 
 LORA = {
     "dog_lora.safetensors": b"for web UIs",
@@ -235,8 +236,9 @@ def test_all_shares_are_tried_before_anything_is_copied(lora: str, sync: Sync, s
 
 
 def test_a_run_copies_its_models_and_fails_if_it_cannot(
-    storage: StorageServer, settings: dict[str, Any], pictures: Callable[..., Path], share: Path, tmp_path: Path
-) -> None:
+    storage: StorageServer, settings: dict[str, Any], pictures: Callable[..., Path], share: Path, tmp_path: Path,
+    entry_point: EntryPoint, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     storage.put("pets", "x", b"")
     recipe = METHODS["dreambooth-lora"].from_settings({**settings, "max_train_steps": 1, "num_samples": 0})
     second = tmp_path / "second"
@@ -246,12 +248,9 @@ def test_a_run_copies_its_models_and_fails_if_it_cannot(
         f"--nfs={second}", *recipe.to_args(),
     ]  # fmt: skip
     (second / UI / "x").mkdir(parents=True)
-    environment = {**os.environ, "SDTUNE_CACHE": str(tmp_path / "cache")}
-    ran = subprocess.run(
-        [sys.executable, "-m", "sdtune.training", *words], capture_output=True, text=True, env=environment
-    )
-    told = [event for line in ran.stdout.splitlines() if (event := events.parse(line))]
-    assert ran.returncode == 6, ran.stdout
+    monkeypatch.setenv("SDTUNE_CACHE", str(tmp_path / "cache"))
+    code, told, errors = entry_point(words)
+    assert code == 6, errors
     assert set(files(share)) == {UI, PROGRAMS}
     assert files(share)[UI] == storage.buckets["pets"]["dog_lora/dog_lora.safetensors"].data
     assert "recipe.yaml" in json.dumps(sorted(storage.buckets["pets"]))

@@ -18,11 +18,13 @@ from sdtune import events
 from sdtune.jobs.spec import plan_training
 from sdtune.methods.catalog import find_method
 from sdtune.training.__main__ import main
-from sdtune.training.components.processes import Share, exchange
+from sdtune.training.components.processes import Share, exchange, share_threads
 from tests.conftest import BASE_MODEL, DATASETS
+from tests.training.conftest import EntryPoint
 
 SETTINGS = {
     "base_model": str(BASE_MODEL),
+    "resolution": 64,
     "max_train_steps": 4,
     "learning_rate": 1e-3,
     "gradient_accumulation_steps": 2,
@@ -47,12 +49,23 @@ def train(method: str, output: Path, processes: int, **settings: Any) -> tuple[i
     return ran.returncode, [event for line in ran.stdout.splitlines() if (event := events.parse(line))]
 
 
+@pytest.fixture(autouse=True)
+def few_draws() -> None:
+    """All of them, here: processes of their own are compared with this one."""
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_two_with_batches_of_one_are_one_with_batches_of_two(method: str, tmp_path: Path) -> None:
+def test_two_with_batches_of_one_are_one_with_batches_of_two(
+    method: str, tmp_path: Path, entry_point: EntryPoint
+) -> None:
     weights, told = {}, {}
     for processes, batch in ((1, 2), (2, 1), (1, 1)):
         output = tmp_path / f"{processes}-of-{batch}" / "cat"
-        code, told[processes, batch] = train(method, output, processes, train_batch_size=batch)
+        if processes == 1:
+            words = command(method, output, processes, train_batch_size=batch)[3:]
+            code, told[processes, batch], _ = entry_point(words)
+        else:
+            code, told[processes, batch] = train(method, output, processes, train_batch_size=batch)
         assert code == 0
         weights[processes, batch] = {
             f"{file.relative_to(output)} {name}": tensor.float()
@@ -128,3 +141,21 @@ def test_gradients_are_exchanged_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizes == [5, 5, 2, 3]
     assert gradients[0].tolist() == [2.0 * number for number in range(12)]
     assert gradients[1].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "processes", "wanted"),
+    [(None, "cuda", 1, 4), (None, "cuda", 2, 4), (None, "cuda", 8, 2), (None, "cpu", 1, 16), (None, "cpu", 2, 8),
+     (None, "cpu", 99, 1), ("3", "cuda", 2, 16)],
+)  # fmt: skip
+def test_processes_share_the_threads_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, device: str, processes: int, wanted: int
+) -> None:
+    threads = [16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    share_threads(torch.device(device), processes)
+    assert threads[-1] == wanted

@@ -15,6 +15,8 @@ from sdtune.methods.catalog import METHODS
 from sdtune.training.__main__ import run_training
 from sdtune.training.results import remove_result, write_mark
 
+pytestmark = pytest.mark.usefixtures("small")
+
 
 def names(output: Path) -> set[str]:
     """Less the curves, whose names have the time in them."""

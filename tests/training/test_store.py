@@ -19,7 +19,10 @@ from sdtune.training.components import copying
 from sdtune.training.components.base_model_copy import base_model_here
 from tests.conftest import BASE_MODEL
 from tests.servers.storage import StorageServer
-from tests.training.test_entry import train
+from tests.training.conftest import EntryPoint
+from tests.training.test_entry import arguments
+
+pytestmark = pytest.mark.usefixtures("small")
 
 NEEDED = {path.relative_to(BASE_MODEL).as_posix(): path for path in sorted(BASE_MODEL.rglob("*.*")) if path.is_file()}
 NEEDED = {name: path for name, path in NEEDED.items() if "/" in name or name == "model_index.json"}
@@ -246,10 +249,11 @@ def test_what_is_not_in_the_mount_is_asked_of_the_bucket(mount: Path, storage: S
 
 @pytest.mark.parametrize("address", ["gs://models/tiny", "/gcs/models/tiny"])
 def test_a_run_trains_from_a_bucket(
-    model: str, address: str, settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path
-) -> None:
+    model: str, address: str, settings: dict[str, Any], pictures: Callable[..., Path], tmp_path: Path,
+    entry_point: EntryPoint,
+) -> None:  # fmt: skip
     more = {"base_model": address, "max_train_steps": 2, "num_samples": 0}
-    code, told, errors = train({**settings, **more}, pictures(), tmp_path / "out")
+    code, told, errors = entry_point(arguments({**settings, **more}, pictures(), tmp_path / "out"))
     assert code == 0, errors
     assert next(event.name for event in told if isinstance(event, events.Phase)) == "fetch"
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()

@@ -92,6 +92,9 @@ class MethodOptions(TypedDict, total=False):
     """How many checkpoints are kept, the newest."""
     keep_checkpoints: bool | None
     """Keep them when the run has finished, to train on with more steps."""
+    torch_compile: bool | None
+    """Compile the UNet by torch.compile instead of using sdtune's own kernels. Takes minutes, the first time: what
+    is compiled is kept in the output."""
     random_flip: bool | None
     """Mirror pictures at random. Harms faces, text and everything with a left and right."""
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion"] | None

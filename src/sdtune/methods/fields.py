@@ -291,6 +291,13 @@ class CheckpointFields(Method):
 class TrainingFields(CheckpointFields, CommonFields):
     """What every method that trains with diffusers needs to know."""
 
+    torch_compile: Annotated[
+        bool,
+        Field(
+            description="Compile the UNet by torch.compile instead of using sdtune's own kernels. Takes minutes, the "
+            "first time: what is compiled is kept in the output."
+        ),
+    ] = False
     random_flip: Annotated[
         bool, Field(description="Mirror pictures at random. Harms faces, text and everything with a left and right.")
     ] = False

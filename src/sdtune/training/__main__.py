@@ -8,23 +8,22 @@ models to NFS shares: ``python -m sdtune.training sync-nfs --from=... --nfs=...`
 from __future__ import annotations
 
 import argparse
-import importlib
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sdtune import events
-from sdtune.errors import INTERRUPTED, TERMINATED, PublishError, RecipeError, SdtuneError, TrainingError
+from sdtune.errors import PublishError, RecipeError, SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.resuming import Asked
 from sdtune.training import interrupts, nfs, notebook
+from sdtune.training.components.base_model_copy import fetch_base_model
 from sdtune.training.components.fetch import fetch_drawn, folder_here
+from sdtune.training.components.store import in_store
 from sdtune.training.destinations import Destinations, destinations, find_output, folder_of_run
 from sdtune.training.hypertune import open_reports, output_of_trial, seed_of_trial, trial_id
 from sdtune.training.launch import (
@@ -35,6 +34,7 @@ from sdtune.training.launch import (
     number_of_gpus,
     run_in_processes,
 )
+from sdtune.training.libraries import import_ahead, import_trainer
 from sdtune.training.restarts import Beginning, FinishedError, files_of_dataset, find_beginning
 from sdtune.training.secrets import read_secrets
 
@@ -120,6 +120,9 @@ def train(job: argparse.Namespace, settings: Sequence[str], words: Sequence[str]
         )
     interrupts.listen()
     with folder_of_run(output) as folder:
+        fetched = [place for place in (job.dataset, method.base_model) if in_store(place)]
+        if fetched:
+            import_ahead(method)
         dataset = folder_here(job.dataset, "dataset")
         class_data_dir = getattr(method, "class_data_dir", None)
         if class_data_dir:
@@ -136,6 +139,8 @@ def train(job: argparse.Namespace, settings: Sequence[str], words: Sequence[str]
             beginning = find_beginning(method, asked, folder.path, wanted, decided=is_one_of_several())
         except FinishedError as found:
             return already_finished(found, method, wanted)
+        if method.base_model in fetched and not is_one_of_several():
+            fetch_base_model(method)
         if several and not is_one_of_several():
             code = run_in_processes(processes, words, machines)
             folder.kept = code == PublishError.exit_code
@@ -192,16 +197,9 @@ def run_training(
     beginning: Beginning | None = None,
 ) -> None:
     """Train by the method's own trainer; torch is imported here, after the arguments proved right."""
-    # Read when these libraries are imported: their hints on every start would drown the run's own words.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # diffusers imports it where it is installed, and it warns of kernels that no trainer here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # What will change in them is for those who write such code.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    trainer = import_trainer(method)
     from sdtune.training.run import Run
 
-    trainer = importlib.import_module(f"sdtune.training.trainers.{method.trainer}")
     with Run.open(method, dataset, output, hub, processes, destinations, beginning) as run:
         trainer.train(method, run)
 
@@ -225,9 +223,9 @@ def fail(error: SdtuneError) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process; at once where a signal has stopped it: all is closed by then, and Python would take seconds to
-    take torch apart while a machine is being taken away."""
-    if code in (INTERRUPTED, TERMINATED):
+    """End the process, at once where it has trained: all is closed by then, and Python would take two seconds to take
+    torch apart while a GPU is paid for, or a machine taken away."""
+    if "torch" in sys.modules:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -27,10 +27,11 @@ from sdtune.methods.settings import as_yaml
 from sdtune.training import interrupts, nfs
 from sdtune.training.checkpoints import Checkpoints
 from sdtune.training.components.base_facts import base_facts
+from sdtune.training.components.checkpoint_files import DISK, ShortLivedDisk
 from sdtune.training.components.checkpoint_store import CheckpointStore, Uploads
 from sdtune.training.components.files import publish
 from sdtune.training.components.model_card import CARD_FILE, CardFacts, Record, model_card
-from sdtune.training.components.processes import Share
+from sdtune.training.components.processes import Share, share_threads
 from sdtune.training.destinations import Destinations
 from sdtune.training.hub import HubRepository, published_names
 from sdtune.training.hypertune import Reports, open_reports
@@ -111,9 +112,10 @@ class Run:
             checkpoints = Checkpoints(
                 method, beginning or Beginning(Asked(str(dataset))), output / CHECKPOINTS,
                 Share(accelerator.process_index, accelerator.num_processes), accelerator.device,
-                str(accelerator.mixed_precision),
+                str(accelerator.mixed_precision), ShortLivedDisk() if to.address else DISK,
             )  # fmt: skip
             run = cls(dataset, output, accelerator, opened, checkpoints, hub, processes, to)
+            share_threads(run.device, run.share_of_machine.of)
             checkpoints.tell, checkpoints.told = run.tell, run.told
             checkpoints.agree()
             if run.is_first:
@@ -124,6 +126,8 @@ class Run:
                 if run.outbox:
                     run.outbox.send_now(MARK)
                 run.reports = open_reports(method)
+            # After what uploads them, which then waits for the last.
+            opened.enter_context(checkpoints)
             yield run
             # Not after an error: the others may hang in an exchange that will not come.
             accelerator.end_training()

@@ -38,6 +38,13 @@ def base_model_here(method: CommonFields) -> BaseModel:
     return found
 
 
+def fetch_base_model(method: CommonFields) -> None:
+    """Copy the base model out of its bucket before it is loaded: while libraries are imported."""
+    found = locate_base_model(method.base_model, method.revision)
+    if found.name.startswith(BUCKETS):
+        _copied(found.name, _list_bucket(found.name))
+
+
 def _copied(address: str, originals: Sequence[Original]) -> Path:
     """The copy of a model in the cache, made where it is not there yet."""
     folder = cache("base-models") / f"{last_name(address)}-{key_of(address, originals)}"

@@ -47,14 +47,15 @@ class Captured:
             loss: torch.Tensor = graph.replay(_tensors(noised))
             return loss
         self._seen.add(key)
-        with _searching():
-            return self._pass(_on(noised, self._device))
+        with searching():
+            return self._pass(on_device(noised, self._device))
 
     def _record(self, key: Hashable, noised: Noised) -> None:
         assert self._graphs
-        inputs = _on(noised, self._device)
+        inputs = on_device(noised, self._device)
         try:
-            self._recorded[key] = self._graphs(lambda: self._pass(inputs), _tensors(inputs))
+            beside = next(iter(self._recorded.values()), None)
+            self._recorded[key] = self._graphs(lambda: self._pass(inputs), _tensors(inputs), beside)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -67,19 +68,19 @@ class Captured:
 
 
 class CudaGraph:
-    """One recording. Its memory is shared with the others', of which no two run at once."""
+    """One recording. Its memory is shared with that of the others, of which no two run at once."""
 
-    _pool: Any = None
-
-    def __init__(self, function: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> None:
-        """function: what is recorded; it reads ``inputs``, which stay where they are."""
+    def __init__(
+        self, function: Callable[[], torch.Tensor], inputs: list[torch.Tensor], beside: CudaGraph | None
+    ) -> None:
+        """function: what is recorded; it reads ``inputs``, which stay where they are. beside: one of the others."""
         self._inputs = inputs
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
+        # A memory is gone with the last recording in it, so it is none of the process: that may train again.
+        self._pool: Any = beside._pool if beside else torch.cuda.graph_pool_handle()
         self._graph = torch.cuda.CUDAGraph()
         with (
-            _searching(),
-            torch.cuda.graph(self._graph, pool=CudaGraph._pool, capture_error_mode="thread_local"),
+            searching(),
+            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
         ):
             self._loss = function()
 
@@ -91,7 +92,7 @@ class CudaGraph:
         return self._loss
 
 
-def _searching() -> AbstractContextManager[None]:
+def searching() -> AbstractContextManager[None]:
     """cuDNN looks for its fastest algorithms inside. ``flags`` turns off what it is not told, cuDNN itself included."""
     now = torch.backends.cudnn.allow_tf32
     context: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=now)
@@ -99,10 +100,16 @@ def _searching() -> AbstractContextManager[None]:
 
 
 def _tensors(noised: Noised) -> list[torch.Tensor]:
-    return [noised.batch.latents, noised.batch.captions, noised.noise, noised.timesteps]
+    batch = noised.batch
+    conditioning = [] if batch.conditioning is None else batch.conditioning.tensors
+    return [batch.latents, batch.captions, noised.noise, noised.timesteps, *conditioning]
 
 
-def _on(noised: Noised, device: torch.device) -> Noised:
+def on_device(noised: Noised, device: torch.device) -> Noised:
     """All of it on the device; where that is the CPU, as it is."""
-    batch = replace(noised.batch, latents=noised.batch.latents.to(device), captions=noised.batch.captions.to(device))
-    return Noised(batch, noised.noise.to(device), noised.timesteps.to(device))
+    batch = noised.batch
+    conditioning = None if batch.conditioning is None else batch.conditioning.to(device)
+    there = replace(
+        batch, latents=batch.latents.to(device), captions=batch.captions.to(device), conditioning=conditioning
+    )
+    return Noised(there, noised.noise.to(device), noised.timesteps.to(device))

@@ -64,22 +64,26 @@ class HeldOutLoss:
         for earlier in self._run.record.measures:
             if (earlier.name, earlier.step) == ("held_out_loss", step):
                 return earlier.value
-        with self._parts.evaluating(), self._parts.computing(self._run):
-            found = torch.cat(
-                [
-                    errors(
-                        self._parts,
-                        torch.stack([self._latents[draw] for draw in draws]),
-                        self._captions.encode(self._rows[draws]),
-                        torch.stack([self._noise[draw] for draw in draws]),
-                        self._timesteps[draws],
-                    )
-                    for draws in self._at_once
-                ]
-            )
+        found = torch.cat([self._errors(draws) for draws in self._at_once])
         value = round(found.mean().item(), 6)
         self._run.tell(events.Measure("held_out_loss", step, value))
         return value
+
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """The first of its passes, for nothing."""
+        self._errors(self._at_once[0])
+
+    def _errors(self, draws: list[int]) -> torch.Tensor:
+        """Of these draws, which are of one shape; [draws]."""
+        with self._parts.evaluating(), self._parts.computing(self._run):
+            return errors(
+                self._parts,
+                torch.stack([self._latents[draw] for draw in draws]),
+                self._captions.encode(self._rows[draws]),
+                torch.stack([self._noise[draw] for draw in draws]),
+                self._timesteps[draws],
+            )
 
     def measure_if_due(self, step: int) -> None:
         """Measure every ``held_out_every`` steps, and after the last."""

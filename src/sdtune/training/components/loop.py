@@ -16,9 +16,9 @@ from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
 from sdtune.training import interrupts
 from sdtune.training.components.batches import Draws, Noised
-from sdtune.training.components.captured import Captured, CudaGraph
+from sdtune.training.components.captured import Captured, CudaGraph, Pass
 from sdtune.training.components.models import Parts
-from sdtune.training.components.optim import build_optimizer
+from sdtune.training.components.optim import Update
 from sdtune.training.components.processes import exchange
 from sdtune.training.components.weights import Weights
 from sdtune.training.run import Run
@@ -38,8 +38,8 @@ class Training:
     def __init__(self, weights: Weights, draws: Draws, method: TrainingFields, run: Run, average: Any = None) -> None:
         """average: of the weights, a diffusers EMAModel."""
         self.weights, self.draws, self.average = weights, draws, average
-        self.optimizer, self.schedule = build_optimizer(weights, method)
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.mixed_precision == "fp16")
+        self.update = Update(weights, method, run)
+        self.optimizer, self.schedule, self.scaler = self.update.optimizer, self.update.schedule, self.update.scaler
         self.step = 0
         self.losses: list[float] = []
 
@@ -89,20 +89,9 @@ def fit(
     # Dropout must not be the same in every process; the first goes on as it would alone.
     if run.share.number:
         torch.manual_seed(method.seed + run.share.number)
-    # Dropout and gradient checkpointing are at work in this mode alone.
-    for module in (parts.unet, *parts.text_encoders):
-        module.train()
-    weights, scaler = training.weights, training.scaler
-    autocast = run.accelerator.autocast if parts.is_mixed(run.weight_dtype) else nullcontext
-
-    def forward_and_backward(noised: Noised) -> torch.Tensor:
-        with autocast():
-            loss = loss_of(noised) / method.gradient_accumulation_steps
-        torch.autograd.backward(scaler.scale(loss))
-        weights.collect()
-        return loss.detach()
-
+    weights = training.weights
     run.checkpoints.restore(training)
+    forward_and_backward = pass_of(loss_of, parts, training, method, run)
     one_pass = Captured(forward_and_backward, run.device, run.tell, CudaGraph if run.device.type == "cuda" else None)
     report = _Report(training, method, run)
     queue = _Queue(run.device)
@@ -128,15 +117,7 @@ def fit(
             if run.share.of > 1:
                 exchange(weights.gradients, run.accelerator)
                 step_loss = run.accelerator.reduce(step_loss, reduction="mean")
-            scaler.unscale_(training.optimizer)
-            torch.nn.utils.clip_grad_norm_(weights.masters, method.max_grad_norm)
-            scale = scaler.get_scale()
-            scaler.step(training.optimizer)
-            scaler.update()
-            # A step that overflowed in half precision was left out.
-            if scaler.get_scale() >= scale:
-                training.schedule.step()
-            weights.cast()
+            training.update()
             training.step += 1
             if training.average is not None:
                 training.average.step(weights.masters)
@@ -144,6 +125,25 @@ def fit(
             report.add(step_loss, names)
             follow_up()
     return sum(training.losses) / len(training.losses)
+
+
+def pass_of(
+    loss_of: Callable[[Noised], torch.Tensor], parts: Parts, training: Training, method: TrainingFields, run: Run
+) -> Pass:
+    """Forward and backward, which adds to the gradients; the loss, divided by the passes of a step."""
+    # Dropout and gradient checkpointing are at work in this mode alone.
+    for module in (parts.unet, *parts.text_encoders):
+        module.train()
+    autocast = run.accelerator.autocast if parts.is_mixed(run.weight_dtype) else nullcontext
+
+    def forward_and_backward(noised: Noised) -> torch.Tensor:
+        with autocast():
+            loss = loss_of(noised) / method.gradient_accumulation_steps
+        torch.autograd.backward(training.scaler.scale(loss))
+        training.weights.collect()
+        return loss.detach()
+
+    return forward_and_backward
 
 
 def _whole(calls: Sequence[Callable[[int], None]], step: int) -> bool:

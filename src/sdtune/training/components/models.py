@@ -20,11 +20,13 @@ from diffusers import (
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdtune import events
 from sdtune.errors import RecipeError, TrainingError
 from sdtune.methods.base_models import BaseModel
 from sdtune.methods.buckets import bucket_step
 from sdtune.methods.fields import TrainingFields
 from sdtune.training.components.base_model_copy import base_model_here
+from sdtune.training.components.compiled import compile_blocks, note_change
 from sdtune.training.components.fused import fuse
 from sdtune.training.components.lora_weights import Family
 from sdtune.training.components.single_file import read_single_file
@@ -48,7 +50,8 @@ class Parts:
 
     tokenizers, text_encoders: one of each, two for SDXL. Frozen parts compute in the run's weight type; SDXL's VAE is
     float32 always, because half precision overflows in it. The UNet is on the run's device, and so is what is trained;
-    the others are there while they are ``at_work``, so that their memory is free for training.
+    the others are there while they are ``at_work``, so that their memory is free for training. fused: the UNet computes
+    with the fused kernels.
     """
 
     tokenizers: list[Any]
@@ -57,6 +60,7 @@ class Parts:
     unet: Any
     noise_scheduler: Any
     family: Family
+    fused: bool = False
 
     @property
     def resolution(self) -> int:
@@ -162,11 +166,19 @@ def load_parts(method: TrainingFields, run: Run, trained: Collection[str] = ()) 
         # What came from a folder is so already. Not by diffusers' own to(), which warns of every cast.
         torch.nn.Module.to(module, torch.float32 if module in full else run.weight_dtype)
     parts.unet.to(run.device)
-    if run.weight_dtype is not torch.float32:
-        fuse(parts.unet)
+    note_change(method, run)
+    if method.torch_compile:
+        compile_blocks(parts.unet, run, instead=lambda: _fuse(parts, run))
+    else:
+        _fuse(parts, run)
     if method.gradient_checkpointing:
         _recompute_activations(parts.unet, dropout=bool(getattr(method, "lora_dropout", 0.0)))
     return parts
+
+
+def _fuse(parts: Parts, run: Run) -> None:
+    if run.weight_dtype is not torch.float32:
+        parts.fused = fuse(parts.unet, lambda text: run.tell(events.Note(text, "warning")))
 
 
 def _recompute_activations(unet: Any, *, dropout: bool) -> None:

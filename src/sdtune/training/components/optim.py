@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizer, its learning-rate schedule, and what they do in a step."""
 
 from __future__ import annotations
 
@@ -12,19 +12,65 @@ from transformers.optimization import Adafactor
 
 from sdtune.errors import TrainingError
 from sdtune.methods.fields import TrainingFields
+from sdtune.training.components.fused import can_fuse
 from sdtune.training.components.weights import Group, Weights
+from sdtune.training.run import Run
 
 FLAT = ("adamw", "lion", "prodigy")
 """Optimizers to which a weight's shape means nothing: all weights of a group are updated as one long one."""
 
 
-def build_optimizer(weights: Weights, method: TrainingFields) -> tuple[torch.optim.Optimizer, Any]:
+class Update:
+    """What follows on the backward passes of a step: gradients are clipped, the masters moved by them, the model given
+    their casts, and the gradients forgotten.
+
+    scaler: of losses, at work in half precision of little range (fp16).
+    """
+
+    def __init__(self, weights: Weights, method: TrainingFields, run: Run) -> None:
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.mixed_precision == "fp16")
+        self._at_once = fits_one_kernel(weights, method, run)
+        self.optimizer, self.schedule = build_optimizer(weights, method, self._at_once)
+        self._weights, self._max_grad_norm = weights, method.max_grad_norm
+
+    def __call__(self) -> None:
+        if self._at_once:
+            self.optimizer.step()
+            self.schedule.step()
+            return
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self._weights.masters, self._max_grad_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        # A step that overflowed in half precision was left out.
+        if self.scaler.get_scale() >= scale:
+            self.schedule.step()
+        self._weights.cast()
+
+
+def fits_one_kernel(weights: Weights, method: TrainingFields, run: Run) -> bool:
+    """Whether ``FlatAdamW`` can do the update: no loss scale, and no sum of gradients, of passes or of processes, which
+    is made in float32."""
+    alone = method.gradient_accumulation_steps == 1 and run.share.of == 1
+    adamw_of_casts = method.optimizer == "adamw" and weights.dtype is torch.bfloat16
+    return alone and adamw_of_casts and can_fuse(run.device)
+
+
+def build_optimizer(
+    weights: Weights, method: TrainingFields, at_once: bool = False
+) -> tuple[torch.optim.Optimizer, Any]:
     """The method's optimizer over the masters and the schedule of its learning rate, one tick per optimizer step.
 
     Optimizers are told the learning rate although each group has its own: the polynomial schedule, which ends at 1e-7
-    whatever it starts from, asks for theirs.
+    whatever it starts from, asks for theirs. at_once: ``FlatAdamW``, which also clips and casts.
     """
-    optimizer = OPTIMIZERS[method.optimizer](weights.groups(flat=method.optimizer in FLAT), method)
+    if at_once:
+        from sdtune.training.components.flat_adamw import FlatAdamW
+
+        optimizer: Any = FlatAdamW(weights, method.max_grad_norm, **_adam_options(method))
+    else:
+        optimizer = OPTIMIZERS[method.optimizer](weights.groups(flat=method.optimizer in FLAT), method)
     schedule = get_scheduler(
         method.lr_scheduler,
         optimizer,

@@ -27,6 +27,7 @@ class _Flat:
     """One group. parameters: the model's. offsets: where each begins in the flat tensors.
 
     master: float32. computing: what the model computes with: the master itself, or its cast to half precision.
+    computing_grad: what backward passes add to: the master's gradient, or one in half precision.
     """
 
     parameters: Sequence[torch.nn.Parameter]
@@ -39,9 +40,8 @@ class _Flat:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The master's."""
-        assert self.master.grad is not None
-        return self.master.grad
+        """The master's; where that has none, the model's own."""
+        return self.computing_grad if self.master.grad is None else self.master.grad
 
     def view(self, flat: torch.Tensor, number: int) -> torch.Tensor:
         """The part of ``flat`` that belongs to a parameter, in its shape and memory layout."""
@@ -60,7 +60,8 @@ class Weights:
     """The trained weights of a run.
 
     After a backward pass ``collect()`` brings the gradients to the masters; after an optimizer's step ``cast()`` brings
-    the masters to the model.
+    the masters to the model. An optimizer that does both by itself wants neither, nor the masters' gradients: it calls
+    ``stop_accumulating()``.
     """
 
     def __init__(self, groups: Sequence[Group], dtype: torch.dtype) -> None:
@@ -74,12 +75,25 @@ class Weights:
         return [group.master for group in self._groups]
 
     @property
+    def computing(self) -> list[torch.Tensor]:
+        """What the model computes with, flat as the masters: these themselves, or their casts."""
+        return [group.computing for group in self._groups]
+
+    @property
     def gradients(self) -> list[torch.Tensor]:
-        """Of the masters, float32."""
+        """Of the masters, float32; after ``stop_accumulating()`` the model's own, in the type that it computes in."""
         return [group.gradient for group in self._groups]
 
+    def stop_accumulating(self) -> None:
+        """Masters that the model has casts of keep no gradients, 4 bytes of each weight: those of the last backward
+        pass are all that there are."""
+        for group in self._groups:
+            if group.is_cast:
+                group.master.grad = None
+
     def groups(self, *, flat: bool) -> list[Group]:
-        """The masters for an optimizer: each group as one tensor, or weight by weight in their own shapes."""
+        """The masters for an optimizer: each group as one tensor, or weight by weight in their own shapes, where
+        gradients in half precision are copied."""
         return [
             {"params": [group.master] if flat else list(_one_by_one(group)), "lr": group.lr} for group in self._groups
         ]
@@ -87,8 +101,8 @@ class Weights:
     def collect(self) -> None:
         """Add the gradients of a backward pass to the masters', and be ready for the next pass."""
         for group in self._groups:
-            if group.is_cast:
-                group.gradient.add_(group.computing_grad)
+            if group.is_cast and group.master.grad is not None:
+                group.master.grad.add_(group.computing_grad)
                 group.computing_grad.zero_()
 
     def cast(self) -> None:
@@ -97,6 +111,12 @@ class Weights:
             if group.is_cast:
                 group.computing.copy_(group.master.detach())
             group.gradient.zero_()
+
+    def forget(self) -> None:
+        """Zero all gradients."""
+        for group in self._groups:
+            group.gradient.zero_()
+            group.computing_grad.zero_()
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -146,5 +166,5 @@ def _flattened(parameters: list[torch.nn.Parameter], lr: float, dtype: torch.dty
 def _one_by_one(group: _Flat) -> Iterator[torch.nn.Parameter]:
     for number in range(len(group.parameters)):
         one = torch.nn.Parameter(group.view(group.master.data, number))
-        one.grad = group.view(group.gradient, number)
+        one.grad = group.view(group.gradient, number).to(one.dtype)
         yield one

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from sdtune.training.kernels.launch import power_of_two, usable
+from sdtune.training.kernels.launch import launch, power_of_two, usable
 
 COLUMNS, ELEMENTS = 256, 4096
 """Of a program's tile: widths in Stable Diffusion are multiples of 256."""
@@ -41,7 +41,7 @@ class Geglu(torch.autograd.Function):
         *lead, double = projected.shape
         y = projected.new_empty(*lead, double // 2)
         grid, options = _launch(y)
-        _forward[grid](projected, y, y.numel() // y.shape[-1], **options)
+        launch(_forward, grid)(projected, y, y.numel() // y.shape[-1], **options)
         ctx.save_for_backward(projected)
         return y
 
@@ -51,7 +51,7 @@ class Geglu(torch.autograd.Function):
         dy = dy.contiguous()
         dx = torch.empty_like(projected)
         grid, options = _launch(dy)
-        _backward[grid](projected, dy, dx, dy.numel() // dy.shape[-1], **options)
+        launch(_backward, grid)(projected, dy, dx, dy.numel() // dy.shape[-1], **options)
         return dx
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from sdtune.training.kernels.group_norm_parts import Gradients, Inputs, Norm, added_to, silu, silu_slope, tile
-from sdtune.training.kernels.launch import power_of_two
+from sdtune.training.kernels.launch import launch, power_of_two
 
 COLUMNS, ELEMENTS = 64, 4096
 """Of a program's tile."""
@@ -27,14 +27,14 @@ def forward(inputs: Inputs, y: torch.Tensor, norm: Norm) -> None:
     parts = inputs.rows.new_empty(2, batch, chunks, channels, dtype=torch.float32)
     x, shift, offset, weight, bias, means, rstds = inputs.arguments()
     apart, tiles = inputs.rows.stride(1), {"COLUMNS": columns, "ROWS": rows, "num_warps": 4}
-    _moments[(chunks, blocks, batch)](
+    launch(_moments, (chunks, blocks, batch))(
         x, shift, offset, parts[0], parts[1], pixels, channels, apart, chunk, **inputs.added, **tiles
     )
-    _statistics[(norm.groups, batch)](
+    launch(_statistics, (norm.groups, batch))(
         parts[0], parts[1], means, rstds, pixels, channels, group, chunk, chunks, norm.eps,
-        PADDED=power_of_two(group), CHUNKS=power_of_two(chunks), num_warps=4,
+        PADDED=power_of_two(group), CHUNKS=CHUNKS, num_warps=4,
     )  # fmt: skip
-    _normalize[(triton.cdiv(pixels, rows), blocks, batch)](
+    launch(_normalize, (triton.cdiv(pixels, rows), blocks, batch))(
         x, shift, offset, weight, bias, means, rstds, y, pixels, channels, group, apart,
         SILU=norm.silu, **inputs.added, **tiles,
     )  # fmt: skip
@@ -49,18 +49,18 @@ def backward(inputs: Inputs, grads: Gradients, norm: Norm) -> None:
     of_groups = grads.dy.new_empty(2, batch, norm.groups, dtype=torch.float32)
     apart, dy_apart = inputs.rows.stride(1), grads.dy.stride(1)
     tiles = {"SILU": norm.silu, **inputs.added, "COLUMNS": columns, "ROWS": rows, "num_warps": 4}
-    _sums[(chunks, blocks, batch)](
+    launch(_sums, (chunks, blocks, batch))(
         *inputs.arguments(), grads.dy, parts[0], parts[1], parts[2],
         pixels, channels, group, apart, dy_apart, chunk, ADDED=grads.added, **tiles,
     )  # fmt: skip
     dw, db, da = parts if grads.sums is None else grads.sums
-    _group_sums[(norm.groups, batch)](
+    launch(_group_sums, (norm.groups, batch))(
         parts[0], parts[1], parts[2], inputs.weight, inputs.statistics[1], of_groups[0], of_groups[1], dw, db, da,
-        pixels, channels, group, chunks, PADDED=power_of_two(group), CHUNKS=power_of_two(chunks),
+        pixels, channels, group, chunks, PADDED=power_of_two(group), CHUNKS=CHUNKS,
         AFFINE=grads.affine, ADDED=grads.added, num_warps=4,
     )  # fmt: skip
     further = grads.dy if grads.further is None else grads.further
-    _gradient[(triton.cdiv(pixels, rows), blocks, batch)](
+    launch(_gradient, (triton.cdiv(pixels, rows), blocks, batch))(
         *inputs.arguments(), grads.dy, further, of_groups[0], of_groups[1], grads.dx,
         pixels, channels, group, apart, dy_apart, further.stride(1), FURTHER=grads.further is not None, **tiles,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from sdtune.training.kernels.group_norm_parts import Gradients, Inputs, Norm, added_to, silu, silu_slope, tile
-from sdtune.training.kernels.launch import power_of_two
+from sdtune.training.kernels.launch import launch, power_of_two
 
 ELEMENTS = 8192
 """Of a program's tile: what is larger is gone through tile by tile, twice."""
@@ -19,7 +19,7 @@ def forward(inputs: Inputs, y: torch.Tensor, norm: Norm) -> None:
     group = channels // norm.groups
     padded = power_of_two(group)
     rows, warps = tile(pixels, padded, ELEMENTS)
-    _forward[(norm.groups, batch)](
+    launch(_forward, (norm.groups, batch))(
         *inputs.arguments(), y, pixels, channels, inputs.rows.stride(1), norm.eps, SILU=int(norm.silu), **inputs.added,
         GROUP=group, PADDED=padded, ROWS=rows, ONE=rows >= pixels, num_warps=warps,
     )  # fmt: skip
@@ -33,7 +33,7 @@ def backward(inputs: Inputs, grads: Gradients, norm: Norm) -> None:
     rows, warps = tile(pixels, padded, ELEMENTS // 2)
     further = grads.dy if grads.further is None else grads.further
     dw, db, da = (inputs.statistics[0],) * 3 if grads.sums is None else grads.sums
-    _backward[(norm.groups, batch)](
+    launch(_backward, (norm.groups, batch))(
         *inputs.arguments(), grads.dy, further, grads.dx, dw, db, da,
         pixels, channels, inputs.rows.stride(1), grads.dy.stride(1), further.stride(1),
         SILU=int(norm.silu), **inputs.added, FURTHER=int(grads.further is not None),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from sdtune.training.kernels.launch import compute_dtype, power_of_two, usable
+from sdtune.training.kernels.launch import compute_dtype, launch, power_of_two, usable
 
 ELEMENTS = 4096
 """Of a program's tile, at most."""
@@ -64,7 +64,7 @@ class AddLayerNorm(torch.autograd.Function):
         total = torch.empty_like(x) if residual is not None else x.view_as(x)
         statistics = x.new_empty(2, rows, dtype=torch.float32)
         block, warps = _tile(channels)
-        _forward[(triton.cdiv(rows, block),)](
+        launch(_forward, (triton.cdiv(rows, block),))(
             x, residual.contiguous() if residual is not None else x, weight, bias, total, y,
             statistics[0], statistics[1], rows, channels, eps,
             PADDED=power_of_two(channels), ROWS=block, RESIDUAL=residual is not None, num_warps=warps,
@@ -102,7 +102,7 @@ def _gradients(
     programs = min(tiles, PROGRAMS) if affine else tiles
     dx = torch.empty_like(total)
     sums = total.new_empty(2, programs, channels, dtype=torch.float32) if affine else statistics
-    _backward[(programs,)](
+    launch(_backward, (programs,))(
         dy.contiguous(), dtotal.contiguous() if dtotal is not None else dy, total, weight,
         statistics[0], statistics[1], dx, sums[0], sums[1], rows, channels,
         triton.cdiv(tiles, programs), PADDED=power_of_two(channels), ROWS=block,

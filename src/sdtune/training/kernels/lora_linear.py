@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sdtune.training.kernels.launch import compute_dtype, usable
+from sdtune.training.kernels.launch import compute_dtype, launch, usable
 
 PADDED = 8
 """Each rank is padded to a multiple of it, with zeros: rows of 16 bytes."""
@@ -238,7 +238,7 @@ def launch_copies(
     """table: int64 [copies, 5], of each copy the addresses of both ends, elements, columns, the target's row stride."""
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     grid = (len(table), triton.cdiv(largest, ELEMENTS))
-    _copy[grid](table, scales, SOURCE=kinds[source], TARGET=kinds[target], ELEMENTS=ELEMENTS, num_warps=4)
+    launch(_copy, grid)(table, scales, SOURCE=kinds[source], TARGET=kinds[target], ELEMENTS=ELEMENTS, num_warps=4)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sdtune.training.kernels.launch import pixel_rows, power_of_two, usable
+from sdtune.training.kernels.launch import launch, pixel_rows, power_of_two, usable
 
 COLUMNS, ELEMENTS = 64, 4096
 
@@ -38,7 +38,7 @@ class AddBias(torch.autograd.Function):
         y = residual.new_empty(batch, *x.shape[2:], channels)
         columns = min(COLUMNS, power_of_two(channels))
         grid = (triton.cdiv(batch * pixels, ELEMENTS // columns), triton.cdiv(channels, columns))
-        _add[grid](
+        launch(_add, grid)(
             rows, others, bias, y, batch * pixels, channels, rows.stride(1), others.stride(1),
             ROWS=ELEMENTS // columns, COLUMNS=columns, num_warps=4,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from sdtune.methods.text_to_image import TextToImageLora
@@ -13,6 +15,7 @@ from sdtune.training.components.loop import Training, fit
 from sdtune.training.components.lora import attach_lora, save_lora
 from sdtune.training.components.loss import diffusion_loss
 from sdtune.training.components.models import load_parts
+from sdtune.training.components.rehearsal import rehearse
 from sdtune.training.components.sampling import Samples
 from sdtune.training.components.text import Captions
 from sdtune.training.run import Run
@@ -28,21 +31,19 @@ def train(method: TextToImageLora, run: Run) -> None:
 
     captions = Captions(parts, method, [*pictures, *apart], run)
     images = cache_images(pictures, captions, parts, method, run, method.proportion_empty_prompts)
-    draws = Draws(images, parts, method, run.share)
+    draws = Draws(images, captions, parts, method, run.share)
     measured = cache_images(apart, captions, parts, method, run) if apart else images
     held_out = HeldOutLoss(parts, measured, captions, method, run)
 
     weights = attach_lora(parts, method, run)
     training = Training(weights, draws, method, run)
+    loss_of = partial(diffusion_loss, parts, captions, method)
+    rehearse(loss_of, held_out, parts, training, method, run)
     run.begin(method)
     samples = Samples(parts, method, run)
     samples.draw(step=0)
     held_out.measure(step=0)
-    loss = fit(
-        lambda noised: diffusion_loss(parts, noised, captions, method),
-        parts, training, method, run,
-        after_step=[samples.draw_if_due, held_out.measure_if_due],
-    )  # fmt: skip
+    loss = fit(loss_of, parts, training, method, run, after_step=[samples.draw_if_due, held_out.measure_if_due])
     if not run.is_first:
         return
     with weights.full_precision():
