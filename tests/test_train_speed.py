@@ -135,12 +135,13 @@ def test_a_script_is_known_by_its_name_in_git(tmp_path: Path) -> None:
 
 def started(tmp_path: Path, code: str, curve: str | None = None, *, whole: bool = False, seconds: float = 120) -> Seen:
     """What is seen of a trainer of ten steps with this code, in whose folder a stand-in for torch lies."""
-    (tmp_path / "torch.py").write_text(
-        "class cuda:\n"
-        "    is_initialized = staticmethod(lambda: True)\n"
-        "    device_count = staticmethod(lambda: 2)\n"
-        "    max_memory_allocated = staticmethod(lambda gpu: (gpu + 1) * 2**30)\n"
-        "    max_memory_reserved = staticmethod(lambda gpu: (gpu + 1) * 2**31)\n"
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("from torch import cuda\n")
+    (tmp_path / "torch" / "cuda.py").write_text(
+        "is_initialized = lambda: True\n"
+        "device_count = lambda: 2\n"
+        "max_memory_allocated = lambda gpu: (gpu + 1) * 2**30\n"
+        "max_memory_reserved = lambda gpu: (gpu + 1) * 2**31\n"
     )
     output = tmp_path / "out"
     output.mkdir()
@@ -163,7 +164,11 @@ STEPS = """
 
 
 def test_a_trainer_ends_when_its_steps_are_done_and_tells_its_memory(tmp_path: Path) -> None:
-    seen = started(tmp_path, STEPS + "    time.sleep(600)\n")
+    # It is asked twice a second: the last step comes when it has been.
+    told = 'while not pathlib.Path("trainer.memory").exists(): time.sleep(0.1)'
+    seen = started(
+        tmp_path, STEPS.replace("time.sleep(0.01)", f"step == 8 and exec({told!r})") + "    time.sleep(600)\n"
+    )
     assert seen.stopped == "measured"
     assert seen.failed is None
     assert [step for step, _ in seen.points] == [2, 4, 6, 8, 10]

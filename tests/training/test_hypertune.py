@@ -131,7 +131,6 @@ import sys
 from pathlib import Path
 from sdtune.training.hypertune import Reports
 
-pytestmark = pytest.mark.usefixtures("small")
 for number in range(200):
     reports = Reports(Path(sys.argv[1]) / str(number), "123", 30)
     for step in range(1, 31):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sdtune.errors import SdtuneError, TrainingError
 from sdtune.methods.base import MARK
 from sdtune.methods.catalog import METHODS
 from sdtune.training.__main__ import run_training
-from sdtune.training.results import remove_result, write_mark
+from sdtune.training.results import all_files, remove_result, write_mark
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -90,3 +91,21 @@ def test_a_mark_does_not_reach_out_of_its_folder(tmp_path: Path) -> None:
     write_mark(output, ["../mine.txt"])
     remove_result(output)
     assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_checkpoint_that_is_being_written_may_go_while_a_result_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder gets its name, or is dropped, between being seen and being looked into."""
+    (tmp_path / "notes.txt").touch()
+    going = tmp_path / "checkpoints" / ".step-000012.partial-1"
+    going.mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if Path(path) == going:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert all_files(tmp_path) == {tmp_path / "notes.txt"}

@@ -1,9 +1,10 @@
 """How much memory of each GPU a run will take at its peak, told before it is paid for.
 
 A run has phases, and its peak is that of the largest: pictures are encoded by the VAE, then trained on, and samples are
-drawn before and after. The numbers below were measured with ``benchmarks/gpu_memory.py`` (torch 2.11, diffusers 0.42 on
-an H100); ``tests/jobs/test_memory.py`` holds the formula against what was measured. Not measured, but computed in the
-same way: fp16 (as bf16), SD 2.x (as 1.x), Lion and Prodigy, and adapters other than plain LoRA.
+drawn before and after; what a phase does not need is not on the GPU. The numbers below were measured with
+``benchmarks/gpu_memory.py`` (torch 2.11, diffusers 0.42 on an H100); ``tests/jobs/test_memory.py`` holds the formula
+against what was measured. Not measured, but computed in the same way: fp16 (as bf16), SD 2.x (as 1.x), optimizers other
+than AdamW, and adapters other than plain LoRA.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Model:
     the UNet, which are fewer than its parameters, but not for convolutions. lora, text_lora, conv: parameters of a LoRA
     for each rank: of the UNet's attention, the text encoders' and the UNet's convolutions.
     activations: GiB that the backward pass needs of one picture of 1024 x 1024 pixels, by what is computed in: in
-    half, in float32; checkpointed: the same with gradient checkpointing. text_activations: GiB of one caption.
+    half, in float32, without the fused kernels; checkpointed: the same with gradient checkpointing.
+    text_activations: GiB of one caption.
     """
 
     resolution: int
@@ -67,10 +69,15 @@ ENCODER_TENSORS = 6 * 128
 """Numbers for each pixel that the VAE holds at once while it encodes: six tensors of 128 channels."""
 DECODED = {HALF: 3.5, FLOAT: 4.8}
 """GiB that the VAE takes to draw one picture of 1024 x 1024 pixels, by what it computes in."""
-WHOLE_MODEL = 1.09
+FUSED = 0.57
+"""The fused kernels keep so much of the activations: what is cheap they compute again."""
+WHOLE_MODEL = 1.25
 """All weights are trained: so much more is kept for the backward pass than beside a LoRA."""
+WORKSPACE = 2.0
+"""GiB that cuDNN takes at least for the gradients of a whole model's convolutions, however few pictures."""
 LATE = 0.6
-"""The gradients are complete when most of the activations are gone: so much of a checkpointed picture is left."""
+"""In sd-scripts gradients are complete when most of the activations are gone: so much of a checkpointed picture is
+left."""
 OTHER_ADAPTERS = 1.5
 """DoRA, and PEFT's adapters that are no LoRA, for the activations of a LoRA."""
 KOHYA = 1.6
@@ -83,8 +90,9 @@ BASE = 0.3
 class MemoryEstimate:
     """Peak GiB of one GPU, and what they are made of.
 
-    frozen: weights that are not trained. trained: those that are, with the optimizer's state and the moving average.
-    step: what a step needs besides. encoding, drawing: the whole of these phases. family, resolution: what it is for.
+    frozen: weights that are on the GPU while it trains and are not trained. trained: those that are, with their copies
+    in half, gradients, the optimizer's state and the moving average. step: what a step needs besides. encoding,
+    drawing: the whole of these phases. family, resolution: what it is for.
     """
 
     family: Family
@@ -105,39 +113,44 @@ class MemoryEstimate:
         return max(self.training, self.encoding, self.drawing)
 
 
-def estimate(method: CommonFields, family: Family, resolution: int) -> MemoryEstimate:
-    """The peak of a run of ``method``, at the settings that it has."""
-    told, model = _Told(method), MODELS[family]
+def estimate(method: CommonFields, family: Family, resolution: int, *, fused: bool = True) -> MemoryEstimate:
+    """The peak of a run of ``method``, at the settings that it has. fused: the GPU has the fused kernels."""
+    told, model = _Told(method, fused=fused), MODELS[family]
     pixels = resolution * resolution / MEGAPIXEL
-    half = told.compute == HALF
     vae = model.vae * (FLOAT if model.vae_in_float else told.compute)
     text_trained = told.text_encoder and told.whole
-    frozen = vae + told.compute * ((0 if told.whole else model.unet) + (0 if text_trained else model.text))
+    unet = 0 if told.whole else told.compute * model.unet
+    text = 0 if text_trained else told.compute * model.text
     parameters = _trained(told, model)
-    weights = FLOAT * parameters
     state = FLOAT * model.adafactor * (parameters / model.unet if told.whole else 0)
     if told.optimizer != "adafactor":
         state = STATE[told.optimizer] * parameters
-    trained = weights + state + (FLOAT * parameters if told.ema else 0)
+    trained = state + parameters * (FLOAT + (FLOAT if told.ema else 0))
 
     pictures = told.pictures * pixels
     checkpointed = model.checkpointed[told.compute] * told.activations
     kept = checkpointed if told.checkpointing else model.activations[told.compute] * told.activations
     kept = kept * pictures + (model.text_activations * told.pictures if told.text_encoder else 0)
-    # The copies in half that are computed with are made before the gradients, which come as the activations go.
-    copies, gradients = (HALF * parameters / GIB if half else 0), FLOAT * parameters / GIB
-    step = max(copies + kept, gradients + LATE * checkpointed * pictures)
+    copies, gradients = (HALF * parameters if told.compute == HALF else 0), FLOAT * parameters
+    if told.kohya:
+        # All stays on the GPU. Copies in half are made before the gradients, which come as the activations go.
+        frozen = vae + unet + text
+        step = max(copies / GIB + kept, gradients / GIB + LATE * checkpointed * pictures)
+    else:
+        frozen = unet + (text if told.text_encoder else 0)
+        trained += 2 * copies + (0 if told.half_gradients else gradients)
+        step = max(kept, WORKSPACE) if told.whole else kept
 
-    loaded = (frozen + weights) / GIB
     of_vae = FLOAT if model.vae_in_float else told.compute
     encoded = ENCODER_TENSORS * of_vae * MEGAPIXEL / GIB
     decoded = DECODED[of_vae] * pixels
+    loaded = (vae + unet + FLOAT * (parameters if told.whole else 0) + (text if told.kohya else 0)) / GIB
     return MemoryEstimate(
         family, resolution, frozen / GIB, trained / GIB, step,
         encoding=BASE + loaded + encoded * pixels * told.encoded_at_once(resolution),
         drawing=max(
-            BASE + loaded + decoded * told.drawn_before,
-            BASE + (frozen + trained) / GIB + decoded * told.drawn,
+            BASE + loaded + text / GIB + decoded * told.drawn_before,
+            BASE + (vae + unet + text + trained) / GIB + decoded * told.drawn,
         ),
     )  # fmt: skip
 
@@ -158,21 +171,25 @@ def memory_advice(method: CommonFields, base_model: BaseModel, gpu: Gpu) -> str 
     if family is None:
         return None
     resolution = method.resolution or base_model.resolution or MODELS[family].resolution
-    return advice(method, estimate(method, family, resolution), gpu)
+    return advice(method, estimate(method, family, resolution, fused=gpu.bf16), gpu)
 
 
 def advice(method: CommonFields, needed: MemoryEstimate, gpu: Gpu) -> str | None:
     """One sentence: what is missing, and which options would help, most first; None if it fits."""
     if fits(needed, gpu):
         return None
-    others = [(estimate(other, needed.family, side), words) for other, side, words in _others(method, needed)]
+    others = [
+        (estimate(other, needed.family, side, fused=gpu.bf16), words) for other, side, words in _others(method, needed)
+    ]
     helping = sorted((one for one in others if one[0].gib < 0.97 * needed.gib), key=lambda one: one[0].gib)
     # What is not enough by itself is told only where nothing is.
     helping = [one for one in helping if fits(one[0], gpu)] or helping
-    options = [estimate(method.model_copy(update=changes), needed.family, needed.resolution)
-               for changes, _ in _changes(method)]  # fmt: skip
+    options = [
+        estimate(method.model_copy(update=changes), needed.family, needed.resolution, fused=gpu.bf16)
+        for changes, _ in _changes(method)
+    ]
     if len(options) > 1 and not any(fits(one, gpu) for one in options):
-        helping.append(_together(method, needed))
+        helping.append(_together(method, needed, fused=gpu.bf16))
     told = [f"{words} (about {other.gib:.0f} GiB)" for other, words in helping]
     larger = [other for other in GPUS if fits(needed, other) and not other.refused]
     if larger:
@@ -191,7 +208,8 @@ def largest_batch(method: CommonFields, family: Family, resolution: int, gpu: Gp
     while low < high:
         batch = (low + high + 1) // 2
         sized = method.model_copy(update={"train_batch_size": batch})
-        low, high = (batch, high) if fits(estimate(sized, family, resolution), gpu) else (low, batch - 1)
+        needed = estimate(sized, family, resolution, fused=gpu.bf16)
+        low, high = (batch, high) if fits(needed, gpu) else (low, batch - 1)
     return low
 
 
@@ -214,7 +232,7 @@ def family_of(base_model: BaseModel) -> Family | None:
 class _Told:
     """What a method's settings mean for memory, whichever library does the work."""
 
-    def __init__(self, method: CommonFields) -> None:
+    def __init__(self, method: CommonFields, *, fused: bool = True) -> None:
         def setting(name: str, otherwise: Any = None) -> Any:
             return getattr(method, name, otherwise)
 
@@ -233,6 +251,11 @@ class _Told:
         self.conv_rank = int(setting("conv_rank") or setting("conv_dim") or 0)
         plain = setting("adapter", "lora") == "lora" and not setting("use_dora", False)
         self.activations = KOHYA if kohya else WHOLE_MODEL if self.whole else 1.0 if plain else OTHER_ADAPTERS
+        fused = fused and self.compute == HALF and not kohya and not setting("torch_compile", False)
+        self.activations *= FUSED if fused else 1.0
+        # As ``FlatAdamW`` does it: gradients are added up in float32 elsewhere.
+        once = method.gradient_accumulation_steps == 1 and method.mixed_precision != "fp16"
+        self.half_gradients = fused and once and self.optimizer == "adamw"
         self.drawn = int(method.num_samples > 0 and bool(method.sample_prompts()))
         drawn_classes = prior and not setting("class_data_dir")
         self.drawn_before = max(self.drawn, int(drawn_classes))
@@ -285,10 +308,10 @@ def _changes(method: CommonFields) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"num_samples": 0}, "--num-samples 0"
 
 
-def _together(method: CommonFields, needed: MemoryEstimate) -> tuple[MemoryEstimate, str]:
+def _together(method: CommonFields, needed: MemoryEstimate, *, fused: bool) -> tuple[MemoryEstimate, str]:
     """All of these changes at once, and how to ask for them."""
     words = []
     for changes, word in _changes(method):
         method = method.model_copy(update=changes)
         words.append(word)
-    return estimate(method, needed.family, needed.resolution), f"{' '.join(words)} together"
+    return estimate(method, needed.family, needed.resolution, fused=fused), f"{' '.join(words)} together"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -60,6 +61,14 @@ def files_of(output: Path, artifacts: Mapping[str, Sequence[str]]) -> list[str]:
                 inside = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
                 found += [path.relative_to(output).as_posix() for path in inside]
     return found
+
+
+def all_files(output: Path) -> set[Path]:
+    """What lies in ``output``, at any depth.
+
+    The folder of a checkpoint may be gone when it is to be looked into: one is being written. Path.rglob would fail.
+    """
+    return {Path(folder, name) for folder, _, names in os.walk(output) for name in names}
 
 
 def remove_result(output: Path) -> None:

@@ -40,6 +40,7 @@ from sdtune.training.restarts import Beginning
 from sdtune.training.results import (
     LOGS,
     SAMPLES,
+    all_files,
     facts_of,
     files_in_mark,
     files_of,
@@ -278,7 +279,7 @@ class Run:
             if self.outbox:
                 self.outbox.remove(files_in_mark(self.output))
             remove_result(self.output)
-            self.not_ours = {path for path in self.output.rglob("*") if path.is_file()}
+            self.not_ours = all_files(self.output)
             if self.outbox:
                 self.outbox.send_now(MARK)
                 self.not_ours |= {self.output / name for name in self.outbox.names()}
