@@ -93,15 +93,17 @@ def run_in_python(
 ) -> str:
     """Run a stage in ``python``'s environment, with the image's folders in ``root``; what it printed.
 
-    COPY copies what is not another stage's, ENV sets, RUN runs where it is in Python; all else is left out. given: over
-    what ENV sets.
+    COPY copies, ENV sets, RUN runs where it is in Python; all else is left out. What is copied from the stage with a
+    compiler is made by its steps first. given: over what ENV sets.
     project: the folder that is built from.
     AssertionError: a step failed.
     """
     environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     printed = ""
     for one in file.all(stage):
-        if one.name == "COPY" and not file.is_from_a_stage(one):
+        if one.name == "COPY" and file.is_from_a_stage(one):
+            compile_in(file, root, python, project)
+        elif one.name == "COPY":
             copy(one.words[:-1], Path(there(one.words[-1], root)), project)
         elif one.name == "ENV":
             pairs = (word.partition("=") for word in one.words)
@@ -122,6 +124,18 @@ def run_in_python(
             printed += ran.stdout
             assert ran.returncode == 0, f"RUN {one.value}\n{ran.stdout}{ran.stderr}"
     return printed
+
+
+def compile_in(file: Dockerfile, root: Path, python: Path, project: Path) -> None:
+    """The steps of the stage ``compiler``, with ``python``'s own Triton, and the folders of both stages in ``root``."""
+    for one in file.stages["compiler"]:
+        if one.name == "COPY" and not file.is_from_a_stage(one):
+            copy(one.words[:-1], Path(there(one.words[-1], root)), project)
+        elif one.name == "RUN":
+            environment = kept() | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+            command = [*no_network(), "bash", "-ec", there(one.value, root)]
+            ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+            assert ran.returncode == 0, f"RUN {one.value}\n{ran.stdout}{ran.stderr}"
 
 
 def site_packages(python: Path) -> Path:

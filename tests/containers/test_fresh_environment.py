@@ -40,7 +40,11 @@ def new_python(folder: Path) -> Path:
     if sys.version_info[:2] != (3, 11):
         pytest.skip("the images have Python 3.11, and this is another")
     venv.create(folder / "python", with_pip=True)
-    return folder / "python" / "bin" / "python"
+    programs = folder / "python" / "bin"
+    # The images do not have this program, and Python tells another platform where it is.
+    (programs / "file").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    (programs / "file").chmod(0o755)
+    return programs / "python"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sdtune import events
-from sdtune.errors import PublishError, RecipeError, SdtuneError, TrainingError
+from sdtune.errors import INTERRUPTED, TERMINATED, PublishError, RecipeError, SdtuneError, TrainingError
 from sdtune.methods.catalog import find_method
 from sdtune.methods.fields import CommonFields
 from sdtune.methods.resuming import Asked
@@ -223,9 +223,12 @@ def fail(error: SdtuneError) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process, at once where it has trained: all is closed by then, and Python would take two seconds to take
-    torch apart while a GPU is paid for, or a machine taken away."""
-    if "torch" in sys.modules:
+    """End the process, at once where it has trained or was stopped: all is closed by then, and Python would take two
+    seconds to take torch apart while a GPU is paid for, or a machine taken away.
+
+    Not after an error: of several processes that fail, the first tells it, and ends with the first that ends.
+    """
+    if "torch" in sys.modules and code in (0, INTERRUPTED, TERMINATED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
