@@ -28,6 +28,7 @@ from sdtune.training.components.checkpoint_files import AT_ONCE, DISK, Disk, rem
 from sdtune.training.components.checkpoint_memory import Copies, has_room
 from sdtune.training.components.checkpoint_state import read_state, size_of, write_checkpoint
 from sdtune.training.components.checkpoint_store import Uploads
+from sdtune.training.components.nested import loading
 from sdtune.training.components.processes import Share
 from sdtune.training.restarts import Beginning
 
@@ -109,13 +110,8 @@ class Checkpoints:
             return
         state = read_state(self.folder / name_of(self.goes_on.step))
         state[RANDOM] = {name: of_each[self._share.number] for name, of_each in state[RANDOM].items()}
-        try:
+        with loading(self.goes_on.step):
             training.load_state_dict(state)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise TrainingError(
-                f"checkpoint: that of step {self.goes_on.step} does not fit ({type(error).__name__}: {error}); was it "
-                "written by another version? Begin anew with --overwrite."
-            ) from None
         self._note()
 
     @property

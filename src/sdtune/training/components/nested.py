@@ -1,15 +1,18 @@
-"""A state in two: tensors by name, and all else as JSON that says where they belong.
+"""A state in two: tensors by name, and all else as JSON that says where they belong; and one that does not fit.
 
 A state is what ``state_dict`` gives: tensors, numbers, texts, truth values and None, in dictionaries, lists and tuples
-of any depth. Imports nothing but torch, so that sd-scripts' Python can, too.
+of any depth. Needs no library but torch, so that sd-scripts' Python can import it, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from sdtune.errors import TrainingError
 
 
 def apart(content: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -48,3 +51,15 @@ def together(content: Any, tensor_of: Callable[[str], torch.Tensor]) -> Any:
             return tuple(together(one, tensor_of) for one in inside)
         case _:
             return content
+
+
+@contextmanager
+def loading(step: int) -> Iterator[None]:
+    """Inside, the state of a checkpoint is loaded, that of ``step``. TrainingError: it does not fit."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise TrainingError(
+            f"checkpoint: that of step {step} does not fit ({type(error).__name__}: {error}); was it "
+            "written by another version? Begin anew with --overwrite."
+        ) from None

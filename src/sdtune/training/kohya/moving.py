@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from sdtune.errors import TrainingError
 from sdtune.training.agreement import of_all
+from sdtune.training.components.nested import loading
 from sdtune.training.kohya.pictures import Order, Pictures, Place, watched
 from sdtune.training.kohya.state import of_python, random_states, set_random_states
 
@@ -113,13 +114,8 @@ class Moving:
         for thing, names in self._still:
             for name in names:
                 delattr(thing, name)
-        try:
+        with loading(state["step"]):
             self._load(state)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise TrainingError(
-                f"checkpoint: that of step {state['step']} does not fit ({type(error).__name__}: {error}); was it "
-                "written by another version? Begin anew with --overwrite."
-            ) from None
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["weights"])
